@@ -1,0 +1,73 @@
+"""peftkern: the kernel layer for parameter-efficient fine-tuning.
+
+Four ways in, one set of kernels: functions and modules (:mod:`peftkern.functional`,
+:mod:`peftkern.nn`), a patch helper for Hugging Face models (:func:`peftkern.patch`), benchmarks
+(``bench/``), and a command line (``python -m peftkern``).
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch  # noqa: F401 - first: its OpenMP runtime is the one the kernels use
+
+from peftkern import functional, ops
+from peftkern._version import __version__
+from peftkern.quant import QuantizedTensor, quantize_4bit, quantize_8bit
+from peftkern.registry import apply_environment, backends, use_backend
+
+if TYPE_CHECKING:
+    from peftkern import nn
+    from peftkern.checkpoint import load_adapter, save_adapter
+    from peftkern.hf import LoRAConfig, merge, patch, set_adapter, unmerge, unpatch
+
+logging.getLogger("peftkern").addHandler(logging.NullHandler())
+ops.load()
+apply_environment()
+
+# Loaded when first used, so that `import peftkern` costs little over `import torch`.
+_LAZY = {
+    "nn": "peftkern.nn",
+    "LoRAConfig": "peftkern.hf",
+    "patch": "peftkern.hf",
+    "unpatch": "peftkern.hf",
+    "merge": "peftkern.hf",
+    "unmerge": "peftkern.hf",
+    "set_adapter": "peftkern.hf",
+    "save_adapter": "peftkern.checkpoint",
+    "load_adapter": "peftkern.checkpoint",
+}
+
+__all__ = [
+    "LoRAConfig",
+    "QuantizedTensor",
+    "__version__",
+    "backends",
+    "functional",
+    "load_adapter",
+    "merge",
+    "nn",
+    "patch",
+    "quantize_4bit",
+    "quantize_8bit",
+    "save_adapter",
+    "set_adapter",
+    "unmerge",
+    "unpatch",
+    "use_backend",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'peftkern' has no attribute {name!r}")
+    module = importlib.import_module(_LAZY[name])
+    value = module if _LAZY[name] == f"peftkern.{name}" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

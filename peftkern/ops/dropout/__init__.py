@@ -1,0 +1,1 @@
+"""Dropout whose mask is a pure function of (seed, element index)."""

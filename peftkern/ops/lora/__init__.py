@@ -1,0 +1,1 @@
+"""A frozen linear, dense or quantized, with a trainable low-rank term."""

@@ -1,0 +1,1 @@
+"""Row-wise INT8 quantization, compatible with the SCB layout of LLM.int8."""
