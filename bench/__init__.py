@@ -1,0 +1,1 @@
+"""Benchmarks of peftkern's ops against their peers and against the hardware's floor."""

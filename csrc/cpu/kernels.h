@@ -1,0 +1,159 @@
+// What a kernel is given: plain structs of pointers and sizes, and the table of entry points that
+// every instruction set fills once.
+#pragma once
+
+#include "../common/base.h"
+#include "../common/optimizer.h"
+
+namespace pk {
+
+// A dropout mask by Philox over the flattened index of a row-major matrix. `cols` is its width.
+struct Dropout {
+    bool on = false;
+    uint64_t seed = 0;
+    uint32_t threshold = 0; // floor(p * 2^32); an element is kept iff its word reaches it
+    float scale = 1.0f;     // 1 / (1 - p)
+    int64_t cols = 0;
+};
+
+// The streamed operand of a matrix product: element (i, k) at p[i * row_stride + k * col_stride],
+// multiplied by `scale` in fp32 after the dropout (which rounds to the operand's dtype).
+struct Operand {
+    const void* p = nullptr;
+    int dtype = kF32;
+    int64_t row_stride = 0;
+    int64_t col_stride = 1;
+    float scale = 1.0f;
+    Dropout dropout;
+};
+
+enum WeightKind : int { kDense = 0, kInt8 = 1, k4Bit = 2 };
+
+// The stationary operand, as stored: `rows` rows of `cols` elements.
+struct Weight {
+    int kind = kDense;
+    const void* p = nullptr;
+    int dtype = kF32; // of the stored elements (dense), or what decoded values are rounded to
+    int64_t rows = 0;
+    int64_t cols = 0;
+    int64_t stride = 0; // elements between rows; dense only, the others are contiguous
+    // quantized kinds
+    const float* absmax = nullptr;        // one per block (4-bit) or row (int8)
+    const uint8_t* nested = nullptr;      // instead of absmax: codes of the dynamic map
+    const float* nested_absmax = nullptr; // one per 256 codes
+    float nested_offset = 0.0f;
+    int quant_type = 0;
+    int block_shift = 0; // log2 of the block size
+    Dropout dropout;     // dense only
+};
+
+// One term of a sum of products: out[i, j] += sum over k < depth of x(i, k) * w(j, k), where
+// w(j, k) is storage element (j, k), or (k, j) when `along_columns`.
+struct Segment {
+    Operand x;
+    Weight w;
+    int64_t depth = 0;
+    bool along_columns = false;
+};
+
+// out[i, j] = round(mask(segment 0) + segment 1 + ... + bias[j])
+struct Product {
+    int64_t m = 0;
+    int64_t n = 0;
+    int segments = 0;
+    Segment segment[3];
+    Dropout mask; // multiplies what segment 0 gave, by (i, j)
+    const void* bias = nullptr;
+    int bias_dtype = kF32;
+    void* out = nullptr;
+    int out_dtype = kF32;
+    int64_t out_row_stride = 0;
+    int64_t out_col_stride = 1;
+    bool add_to_out = false; // start from what `out` holds (in its dtype)
+    int threads = 1;
+};
+
+struct Quantize4 {
+    const void* x;
+    int dtype;
+    int64_t numel;
+    int quant_type;
+    int block_shift;
+    uint8_t* packed;
+    float* absmax;
+    int threads;
+    int64_t first_bad; // out: first block with NaN or Inf, -1 if none
+};
+
+struct Dequantize {
+    Weight w; // w.dtype is the dtype of `out`
+    void* out;
+    int threads;
+};
+
+struct QuantizeAbsmax {
+    const float* x; // offset already subtracted
+    int64_t numel;
+    uint8_t* codes;
+    float* nested_absmax;
+    int threads;
+};
+
+struct Quantize8 {
+    const void* x;
+    int dtype;
+    int64_t rows;
+    int64_t cols;
+    int8_t* codes;
+    float* scb;
+    int threads;
+    int64_t first_bad; // out: first row with NaN or Inf, -1 if none
+};
+
+struct ApplyDropout {
+    const void* x;
+    int dtype;
+    int64_t numel;
+    Dropout dropout;
+    void* out;
+    int threads;
+};
+
+// A parameter, or a piece of one that starts at a multiple of 256 elements.
+struct OptimizerTensor {
+    void* param;
+    const void* grad;
+    void* state1; // fp32, or codes where absmax1 is given
+    void* state2; // AdamW only
+    float* absmax1;
+    float* absmax2;
+    int64_t numel;
+    int64_t param_dtype;
+    int64_t grad_dtype;
+    int64_t chunk_end; // filled in by the kernel
+};
+
+struct OptimizerStep {
+    OptimizerTensor* tensors;
+    int64_t count;
+    int rule;
+    const Update* hyper;     // one per tensor
+    const int64_t* rounding; // seed, step, tensor id, first element per tensor; null: nearest even
+    int64_t* skipped;        // out: blocks per tensor whose gradient is not finite
+    double* sums;            // square_sums: one per chunk, out
+    int threads;
+};
+
+struct Kernels {
+    const char* name;
+    int (*product)(const Product&);
+    int (*quantize_4bit)(Quantize4&);
+    int (*dequantize)(const Dequantize&);
+    int (*quantize_absmax)(const QuantizeAbsmax&);
+    int (*quantize_8bit)(Quantize8&);
+    int (*dropout)(const ApplyDropout&);
+    int (*optimizer_step)(OptimizerStep&);
+    int (*square_sums)(OptimizerStep&);
+};
+
+} // namespace pk

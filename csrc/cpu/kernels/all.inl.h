@@ -1,0 +1,30 @@
+// Every kernel body, for the instruction set that the including isa_*.cpp names, and its table.
+// Nothing here may leave a symbol that another object could share: no standard library, helpers in
+// unnamed namespaces.
+
+#include "../kernels.h"
+#include "../simd.h"
+#include "../threading.h"
+
+#include "runs.inl.h"
+#include "panel.inl.h"
+#include "rows.inl.h"
+#include "quantize.inl.h"
+#include "optimizer.inl.h"
+
+namespace pk {
+
+extern const Kernels PK_KERNELS;
+const Kernels PK_KERNELS = {
+    PK_NAME,
+    PK_ISA::product,
+    PK_ISA::quantize_4bit,
+    PK_ISA::dequantize,
+    PK_ISA::quantize_absmax,
+    PK_ISA::quantize_8bit,
+    PK_ISA::dropout,
+    PK_ISA::optimizer_step,
+    PK_ISA::square_sums,
+};
+
+} // namespace pk

@@ -1,0 +1,215 @@
+// One pass over parameters, gradients and optimizer state, block by block of 256 elements.
+
+namespace pk::PK_ISA {
+namespace {
+
+// Table look-ups stay scalar: AVX2 gathers are slower than loads, and loop overhead would show.
+#if defined(__GNUC__) && !defined(__clang__)
+#define PK_UNROLL_8 _Pragma("GCC unroll 8")
+#else
+#define PK_UNROLL_8
+#endif
+
+constexpr int64_t kOptimizerChunk = 64; // blocks that a thread takes at a time
+
+// Whether every square is finite; what the reference calls a usable gradient.
+bool usable_block(const float* g) {
+    typename V::I acc = V::zero_bits();
+    for (int64_t i = 0; i < kStateBlock; i += L) {
+        typename V::F x = V::load(g + i);
+        acc = V::max_magnitude(acc, V::mul(x, x));
+    }
+    return V::reduce_max(acc) < 0x7f800000u;
+}
+
+void decode_block(const uint8_t* code, const float* values, float absmax, int64_t n,
+                  float* __restrict out) {
+    PK_UNROLL_8
+    for (int64_t i = 0; i < n; ++i)
+        out[i] = values[code[i]];
+    for (int64_t i = 0; i < n; ++i)
+        out[i] *= absmax;
+}
+
+// Returns the absmax; the codes are of x / absmax. Denormal blocks are lifted by 2^64 (exact).
+float encode_block(const CodeBins& bins, const float* x, int64_t n, uint8_t* __restrict code) {
+    float absmax = bits_float(magnitude_bits(x, n));
+    float lift = absmax < kSmallestNormal ? 18446744073709551616.0f : 1.0f;
+    float inverse = absmax == 0.0f ? 0.0f : 1.0f / (absmax * lift);
+    alignas(64) float t[kStateBlock];
+    alignas(64) int32_t bin[kStateBlock];
+    alignas(64) uint32_t entry[kStateBlock];
+    for (int64_t i = 0; i < n; ++i)
+        t[i] = (x[i] * lift) * inverse;
+    for (int64_t i = 0; i < n; ++i)
+        bin[i] = code_bin(t[i]);
+    PK_UNROLL_8
+    for (int64_t i = 0; i < n; ++i)
+        entry[i] = bins.entry[bin[i]];
+    for (int64_t i = 0; i < n; ++i)
+        code[i] = entry_code(entry[i], t[i]);
+    return absmax;
+}
+
+void store_rounding(const float* p, int64_t n, const int64_t* rounding, int64_t at, void* out) {
+    uint16_t* h = (uint16_t*)out;
+    uint64_t first = (uint64_t)(rounding[3] + at);
+    for (int64_t i = 0; i < n;) {
+        uint64_t index = first + (uint64_t)i;
+        Philox4 r = rounding_words((uint64_t)rounding[0], (uint32_t)rounding[1],
+                                   (uint32_t)rounding[2], index >> 2);
+        for (uint64_t j = index & 3; j < 4 && i < n; ++j, ++i)
+            h[i] = float_to_bf16_random(p[i], r.w[j]);
+    }
+}
+
+template <int R>
+void update_run(const Update u, const float* __restrict g, float* __restrict p, float* __restrict m,
+                float* __restrict v, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+        if (R == kAdamW)
+            adamw_element(u, g[i], p[i], m[i], v[i]);
+        else if (R == kLion)
+            lion_element(u, g[i], p[i], m[i]);
+        else
+            momentum_element(u, g[i], p[i], m[i]);
+    }
+}
+
+// Elements at .. at + n of a tensor, n <= 256; false where the gradient is not finite. Whole fp32
+// blocks are updated in place, everything else by way of a buffer.
+template <int R>
+bool optimizer_block(const OptimizerTensor& t, const Update& u, const int64_t* rounding, int64_t at,
+                     int64_t n) {
+    alignas(64) float gradient[kStateBlock], parameter[kStateBlock];
+    alignas(64) float first[kStateBlock], second[kStateBlock];
+    bool whole = n == kStateBlock;
+    const float* g = (const float*)t.grad + at;
+    if (!whole || t.grad_dtype != kF32 || u.grad_scale != 1.0f) {
+        load_run((const char*)t.grad + at * dtype_size((int)t.grad_dtype), (int)t.grad_dtype, n,
+                 gradient);
+        for (int64_t i = n; i < kStateBlock; ++i)
+            gradient[i] = 0.0f;
+        float scale = u.grad_scale;
+        for (int64_t i = 0; i < kStateBlock; ++i)
+            gradient[i] *= scale;
+        g = gradient;
+    }
+    if (!usable_block(g))
+        return false;
+    char* target = (char*)t.param + at * dtype_size((int)t.param_dtype);
+    bool direct = whole && t.param_dtype == kF32;
+    float* p = direct ? (float*)target : parameter;
+    if (!direct)
+        load_run(target, (int)t.param_dtype, n, p);
+    int64_t block = at / kStateBlock;
+    bool coded = t.absmax1 != nullptr;
+    uint8_t* code1 = (uint8_t*)t.state1 + at;
+    uint8_t* code2 = (uint8_t*)t.state2 + at;
+    float* m = coded ? first : (float*)t.state1 + at;
+    float* v = coded || R != kAdamW ? second : (float*)t.state2 + at;
+    if (coded) {
+        decode_block(code1, kDynamicValues, t.absmax1[block], n, m);
+        if (R == kAdamW)
+            decode_block(code2, kUnsignedValues, t.absmax2[block], n, v);
+    }
+    update_run<R>(u, g, p, m, v, n);
+    if (rounding != nullptr && t.param_dtype == kBF16)
+        store_rounding(p, n, rounding, at, target);
+    else if (!direct)
+        store_run(p, n, (int)t.param_dtype, target);
+    if (coded) {
+        t.absmax1[block] = encode_block(kSignedBins, m, n, code1);
+        if (R == kAdamW)
+            t.absmax2[block] = encode_block(kUnsignedBins, v, n, code2);
+    }
+    return true;
+}
+
+template <int R>
+void optimizer_body(void* context, Queue* queue) {
+    const OptimizerStep& s = *(const OptimizerStep*)context;
+    int64_t tensor = 0; // chunks come in growing order, so the search goes on from here
+    for (int64_t chunk = next_chunk(queue); chunk >= 0; chunk = next_chunk(queue)) {
+        while (s.tensors[tensor].chunk_end <= chunk)
+            ++tensor;
+        const OptimizerTensor& t = s.tensors[tensor];
+        int64_t chunks = ceil_div(t.numel, kOptimizerChunk * kStateBlock);
+        int64_t start = (chunk - (t.chunk_end - chunks)) * kOptimizerChunk * kStateBlock;
+        int64_t end = min64(t.numel, start + kOptimizerChunk * kStateBlock);
+        const Update& u = s.hyper[tensor];
+        const int64_t* rounding = s.rounding == nullptr ? nullptr : s.rounding + 4 * tensor;
+        int64_t skipped = 0;
+        for (int64_t at = start; at < end; at += kStateBlock)
+            if (!optimizer_block<R>(t, u, rounding, at, min64(kStateBlock, end - at)))
+                ++skipped;
+        if (skipped != 0)
+            __atomic_fetch_add(&s.skipped[tensor], skipped, __ATOMIC_RELAXED);
+    }
+}
+
+// Fills chunk_end; returns the number of chunks and adds up the elements.
+int64_t count_chunks(OptimizerTensor* tensors, int64_t count, double* numel) {
+    int64_t chunks = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        chunks += ceil_div(tensors[i].numel, kOptimizerChunk * kStateBlock);
+        tensors[i].chunk_end = chunks;
+        *numel += (double)tensors[i].numel;
+    }
+    return chunks;
+}
+
+int optimizer_step(OptimizerStep& s) {
+    double numel = 0.0;
+    int64_t chunks = count_chunks(s.tensors, s.count, &numel);
+    if (chunks == 0)
+        return kOk;
+    Body body = s.rule == kAdamW  ? optimizer_body<kAdamW>
+                : s.rule == kLion ? optimizer_body<kLion>
+                                  : optimizer_body<kMomentum>;
+    run_parallel(worthwhile_threads(s.threads, numel * 2e-3 / V::kSpeed), chunks, body, &s);
+    return kOk;
+}
+
+// The sum of squares of a chunk in 16 fixed lanes, so that neither threads nor vectors change it.
+void square_sums_body(void* context, Queue* queue) {
+    const OptimizerStep& s = *(const OptimizerStep*)context;
+    constexpr int64_t kSpan = 1024;
+    int64_t tensor = 0;
+    for (int64_t chunk = next_chunk(queue); chunk >= 0; chunk = next_chunk(queue)) {
+        while (s.tensors[tensor].chunk_end <= chunk)
+            ++tensor;
+        const OptimizerTensor& t = s.tensors[tensor];
+        int64_t chunks = ceil_div(t.numel, kOptimizerChunk * kStateBlock);
+        int64_t start = (chunk - (t.chunk_end - chunks)) * kOptimizerChunk * kStateBlock;
+        int64_t end = min64(t.numel, start + kOptimizerChunk * kStateBlock);
+        double lanes[16] = {};
+        alignas(64) float g[kSpan];
+        for (int64_t at = start; at < end; at += kSpan) {
+            int64_t n = min64(kSpan, end - at);
+            load_run((const char*)t.grad + at * dtype_size(t.grad_dtype), t.grad_dtype, n, g);
+            for (int64_t i = n; i < kSpan; ++i)
+                g[i] = 0.0f;
+            for (int64_t i = 0; i < kSpan; i += 16)
+                for (int64_t j = 0; j < 16; ++j)
+                    lanes[j] += (double)g[i + j] * (double)g[i + j];
+        }
+        double sum = 0.0;
+        for (double lane : lanes)
+            sum += lane;
+        s.sums[chunk] = sum;
+    }
+}
+
+int square_sums(OptimizerStep& s) {
+    double numel = 0.0;
+    int64_t chunks = count_chunks(s.tensors, s.count, &numel);
+    if (chunks == 0)
+        return kOk;
+    run_parallel(worthwhile_threads(s.threads, numel * 3e-4 / V::kSpeed), chunks, square_sums_body,
+                 &s);
+    return kOk;
+}
+
+} // namespace
+} // namespace pk::PK_ISA

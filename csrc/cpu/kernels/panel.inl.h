@@ -1,0 +1,264 @@
+// The panel kernel: any product of kernels.h, for any m.
+//
+// A task owns a tile of the output, `rows` x `cols`. It walks the depth in blocks of kDepth: decode
+// a panel of the weights once into cache, convert the block of x once, multiply by broadcasts into
+// registers, add to the tile in fp32. Each output element is summed in an order that depends on the
+// depth alone, so neither threads, nor the cut into tiles, nor the other rows change a bit of it.
+
+namespace pk::PK_ISA {
+namespace {
+
+constexpr int kDepth = 128;
+constexpr int kTileCols = V::kTileVecs * V::kLanes;
+constexpr int kPanelCols = 512;    // at most; wide, so that reading down the columns of a row-major
+                                   // weight takes whole stretches of each row
+constexpr int kRowPanelCols = 256; // where output columns are storage rows
+constexpr int kSumStride = kPanelCols + 16;
+constexpr int kPanelRows = 144;
+// Row i of the converted x block starts at i * kStride: a constant, so that the tile kernel
+// addresses its rows by displacement; not a power of two, so that they do not share cache sets.
+constexpr int kStride = kDepth + 16;
+// Likewise from one panel of kTileCols columns to the next: a line of decoded weights is written
+// to all of them, and at a distance of a power of two they would all fall into one cache set.
+constexpr int kPanelStride = kDepth * kTileCols + 16;
+
+constexpr int kPanelGroup = 3;
+constexpr int kFewRows = 8;
+constexpr int kThinDepth = 8;
+
+struct PanelScratch {
+    alignas(64) float weights[kPanelCols / kTileCols * kPanelStride]; // each panel depth-major
+    alignas(64) float x[kPanelRows * kStride];
+    alignas(64) float sum[kPanelRows * kSumStride];
+    alignas(64) float block[kFewRows * kSumStride];
+    alignas(64) float rows[V::kLanes * kStride];
+    alignas(64) float line[kPanelCols];
+    alignas(64) float bias[kPanelCols];
+};
+
+// R rows by P panels, S floats from one panel to the next. Few rows take several panels, to have
+// enough independent sums in flight. Adds the products to `sum`; with kGoOn it continues the very
+// sums that lie there, as if an earlier call had not ended.
+template <int R, int P, int S, bool kGoOn>
+void tile(const float* x, const float* w, int64_t depth, float* sum) {
+    constexpr int kVecs = P * V::kTileVecs;
+    V::F acc[R][kVecs];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+        for (int v = 0; v < kVecs; ++v)
+            acc[r][v] = kGoOn ? V::load(sum + r * kSumStride + v * L) : V::zero();
+    for (int64_t k = 0; k < depth; ++k) {
+        V::F b[kVecs];
+#pragma GCC unroll 16
+        for (int v = 0; v < kVecs; ++v)
+            b[v] = V::load(w + v / V::kTileVecs * S + k * kTileCols + v % V::kTileVecs * L);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+            V::F a = V::set1(x[r * kStride + k]);
+#pragma GCC unroll 16
+            for (int v = 0; v < kVecs; ++v)
+                acc[r][v] = V::fma(a, b[v], acc[r][v]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+        for (int v = 0; v < kVecs; ++v) {
+            float* s = sum + r * kSumStride + v * L;
+            V::store(s, kGoOn ? acc[r][v] : V::add(V::load(s), acc[r][v]));
+        }
+}
+
+// R or fewer rows by all panels.
+template <int R, int S, bool kGoOn>
+void tiles(int64_t rows, const float* x, const float* w, int64_t panels, int64_t depth,
+           float* sum) {
+    if constexpr (R > 1) {
+        if (rows < R) {
+            tiles<R - 1, S, kGoOn>(rows, x, w, panels, depth, sum);
+            return;
+        }
+    }
+    constexpr int P = R == 1 ? 3 : R <= V::kTileRows / 2 ? 2 : 1;
+    int64_t j = 0;
+    for (; j + P <= panels; j += P)
+        tile<R, P, S, kGoOn>(x, w + j * S, depth, sum + j * kTileCols);
+    for (; j < panels; ++j)
+        tile<R, 1, S, kGoOn>(x, w + j * S, depth, sum + j * kTileCols);
+}
+
+// Each vector of a line goes to its panel.
+template <int S>
+struct ToPanels {
+    float* out;
+    PK_SINK inline void store(int64_t i, V::F v) {
+        V::store(out + i / V::kTileVecs * S + i % V::kTileVecs * L, v);
+    }
+    PK_SINK inline void take(int64_t group, int i, V::F v) { store(group * (V::kWide / L) + i, v); }
+};
+
+// Output columns are storage rows: decode kLanes rows, transpose them into the panel.
+void pack_rows(const Weight& w, int64_t row0, int64_t rows, int64_t k0, int64_t depth,
+               PanelScratch& s) {
+    for (int64_t j = 0; j < rows; j += L) {
+        for (int64_t r = 0; r < L; ++r) {
+            if (j + r < rows)
+                decode_run(w, row0 + j + r, k0, depth, s.rows + r * kStride);
+            else
+                __builtin_memset(s.rows + r * kStride, 0, kDepth * sizeof(float));
+        }
+        float* panel = s.weights + j / kTileCols * kPanelStride + j % kTileCols;
+        for (int64_t k = 0; k < depth; k += L)
+            V::transpose(s.rows + k, kStride, panel + k * kTileCols, kTileCols);
+    }
+}
+
+// Output columns are storage columns: runs are already in order.
+template <int S>
+void pack_columns(const Weight& w, int64_t col0, int64_t cols, int64_t k0, int64_t depth,
+                  PanelScratch& s) {
+    constexpr int64_t kAhead = 8;
+    int64_t whole = ceil_div(cols, kTileCols) * kTileCols;
+    for (int64_t j = cols; j < whole; ++j)
+        s.line[j] = 0.0f;
+    // 4-bit lines in whole groups are decoded straight into the panels.
+    bool direct = w.kind == k4Bit && w.cols % V::kWide == 0 && col0 % V::kWide == 0 &&
+                  cols % V::kWide == 0 && ((int64_t)1 << w.block_shift) >= V::kWide;
+    for (int64_t k = 0; k < depth; ++k) {
+        if (k0 + k + kAhead < w.rows)
+            prefetch_run(w, k0 + k + kAhead, col0, cols);
+        ToPanels<S> panels = {s.weights + k * kTileCols};
+        if (direct) {
+            int64_t flat = (k0 + k) * w.cols + col0;
+            if (w.dtype == kBF16)
+                decode_groups<kBF16>(w, flat, cols / V::kWide, panels);
+            else if (w.dtype == kF16)
+                decode_groups<kF16>(w, flat, cols / V::kWide, panels);
+            else
+                decode_groups<kF32>(w, flat, cols / V::kWide, panels);
+            continue;
+        }
+        decode_run(w, k0 + k, col0, cols, s.line);
+        for (int64_t i = 0; i < whole / L; ++i)
+            panels.store(i, V::load(s.line + i * L));
+    }
+}
+
+// Adds one block of the depth to the sums of a task.
+void add_block(const Segment& segment, int64_t j0, int64_t cols, int64_t k0, int64_t depth,
+               int64_t rows, PanelScratch& s) {
+    if (segment.along_columns)
+        pack_columns<kPanelStride>(segment.w, j0, cols, k0, depth, s);
+    else
+        pack_rows(segment.w, j0, cols, k0, depth, s);
+    // A few panels at a time, so that they stay in the first-level cache over the rows.
+    int64_t panels = ceil_div(cols, kTileCols);
+    for (int64_t j = 0; j < panels; j += kPanelGroup)
+        for (int64_t i = 0; i < rows; i += V::kTileRows)
+            tiles<V::kTileRows, kPanelStride, false>(
+                rows - i, s.x + i * kStride, s.weights + j * kPanelStride,
+                min64(kPanelGroup, panels - j), depth, s.sum + i * kSumStride + j * kTileCols);
+}
+
+// The same, bit for bit, for few rows: the weights are used while a few lines of them are in the
+// first-level cache, and the block's sums wait in memory.
+void add_thin_block(const Segment& segment, int64_t j0, int64_t cols, int64_t k0, int64_t depth,
+                    int64_t rows, PanelScratch& s) {
+    int64_t panels = ceil_div(cols, kTileCols);
+    for (int64_t i = 0; i < rows; ++i)
+        __builtin_memset(s.block + i * kSumStride, 0, (size_t)(panels * kTileCols) * sizeof(float));
+    for (int64_t k = 0; k < depth; k += kThinDepth) {
+        int64_t lines = min64(kThinDepth, depth - k);
+        pack_columns<kThinDepth * kTileCols>(segment.w, j0, cols, k0 + k, lines, s);
+        for (int64_t i = 0; i < rows; i += V::kTileRows)
+            tiles<V::kTileRows, kThinDepth * kTileCols, true>(rows - i, s.x + i * kStride + k,
+                                                              s.weights, panels, lines,
+                                                              s.block + i * kSumStride);
+    }
+    for (int64_t i = 0; i < rows; ++i)
+        add_run(s.sum + i * kSumStride, s.block + i * kSumStride, panels * kTileCols);
+}
+
+struct PanelTask {
+    const Product* p;
+    int64_t tile_rows, tile_cols;
+    int64_t row_tiles;
+    int status;
+};
+
+void run_panel(const PanelTask& task, int64_t chunk, PanelScratch& s) {
+    const Product& p = *task.p;
+    int64_t i0 = chunk % task.row_tiles * task.tile_rows;
+    int64_t j0 = chunk / task.row_tiles * task.tile_cols;
+    int64_t rows = min64(task.tile_rows, p.m - i0);
+    int64_t cols = min64(task.tile_cols, p.n - j0);
+    constexpr int64_t stride = kSumStride;
+    for (int64_t i = 0; i < rows; ++i)
+        __builtin_memset(s.sum + i * stride, 0, kSumStride * sizeof(float));
+    for (int n = 0; n < p.segments; ++n) {
+        const Segment& segment = p.segment[n];
+        for (int64_t k0 = 0; k0 < segment.depth; k0 += kDepth) {
+            int64_t depth = min64(kDepth, segment.depth - k0);
+            for (int64_t i = 0; i < rows; ++i)
+                operand_run(segment.x, i0 + i, k0, depth, s.x + i * kStride);
+            if (segment.along_columns && rows <= kFewRows)
+                add_thin_block(segment, j0, cols, k0, depth, rows, s);
+            else
+                add_block(segment, j0, cols, k0, depth, rows, s);
+        }
+        if (n == 0 && p.mask.on)
+            for (int64_t i = 0; i < rows; ++i)
+                dropout_run(s.sum + i * stride, cols, p.mask, (i0 + i) * p.mask.cols + j0, kF32);
+    }
+    if (p.bias != nullptr) {
+        const char* b = (const char*)p.bias + j0 * dtype_size(p.bias_dtype);
+        load_run(b, p.bias_dtype, cols, s.bias);
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+        float* sum = s.sum + i * stride;
+        int64_t at = (i0 + i) * p.out_row_stride + j0 * p.out_col_stride;
+        char* out = (char*)p.out + at * dtype_size(p.out_dtype);
+        if (p.add_to_out) { // only with unit column stride
+            load_run(out, p.out_dtype, cols, s.line);
+            add_run(sum, s.line, cols);
+        }
+        if (p.bias != nullptr)
+            add_run(sum, s.bias, cols);
+        if (p.out_col_stride == 1) {
+            store_run(sum, cols, p.out_dtype, out);
+        } else {
+            for (int64_t j = 0; j < cols; ++j)
+                store_from_float(out, p.out_dtype, j * p.out_col_stride, sum[j]);
+        }
+    }
+}
+
+void panel_body(void* context, Queue* queue) {
+    PanelTask& task = *(PanelTask*)context;
+    PanelScratch* s = (PanelScratch*)scratch(sizeof(PanelScratch));
+    if (s == nullptr) {
+        __atomic_store_n(&task.status, (int)kNoMemory, __ATOMIC_RELAXED);
+        return;
+    }
+    for (int64_t chunk = next_chunk(queue); chunk >= 0; chunk = next_chunk(queue))
+        run_panel(task, chunk, *s);
+}
+
+int panel_product(const Product& p, int threads) {
+    PanelTask task = {&p, kPanelRows, kRowPanelCols, 0, kOk};
+    for (int n = 0; n < p.segments; ++n)
+        if (p.segment[n].along_columns)
+            task.tile_cols = kPanelCols;
+    // Even shares of the rows, in whole register tiles; narrower panels while tasks are few.
+    int64_t blocks = ceil_div(p.m, kPanelRows);
+    task.tile_rows = ceil_div(ceil_div(p.m, blocks), V::kTileRows) * V::kTileRows;
+    task.row_tiles = ceil_div(p.m, task.tile_rows);
+    while (task.tile_cols > 32 && task.row_tiles * ceil_div(p.n, task.tile_cols) < 4 * threads)
+        task.tile_cols /= 2;
+    run_parallel(threads, task.row_tiles * ceil_div(p.n, task.tile_cols), panel_body, &task);
+    return task.status;
+}
+
+} // namespace
+} // namespace pk::PK_ISA

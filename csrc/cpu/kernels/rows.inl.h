@@ -1,0 +1,258 @@
+// The row kernel, for up to kMaxRows rows of x: each stored row is decoded once, piece by piece,
+// and multiplied with all rows of x while it is in the first-level cache.
+//
+// Sums live in four vectors per output element, fixed by the position in the depth, and are folded
+// in one order: the number of rows changes no bit.
+
+namespace pk::PK_ISA {
+namespace {
+
+constexpr int64_t kMaxRows = 8;
+constexpr int64_t kPiece = 512; // weights decoded at a time; a multiple of 4 * kLanes and kWide
+constexpr int64_t kBlockRows = 8;
+constexpr int kChains = 4;
+
+struct Chains {
+    alignas(64) float lane[kChains][V::kLanes];
+};
+
+// R rows of x against one piece of a decoded row; both padded with zeros to whole vectors.
+template <int R>
+void dots(const float* w, const float* x, int64_t x_stride, int64_t vectors, Chains* chains) {
+    V::F acc[R][kChains];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int c = 0; c < kChains; ++c)
+            acc[r][c] = V::load(chains[r].lane[c]);
+    int64_t v = 0;
+    for (; v + kChains <= vectors; v += kChains) {
+#pragma GCC unroll 4
+        for (int c = 0; c < kChains; ++c) {
+            V::F b = V::load(w + (v + c) * L);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r)
+                acc[r][c] = V::fma(b, V::load(x + r * x_stride + (v + c) * L), acc[r][c]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < kChains - 1; ++c) {
+        if (v + c < vectors) {
+            V::F b = V::load(w + (v + c) * L);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r)
+                acc[r][c] = V::fma(b, V::load(x + r * x_stride + (v + c) * L), acc[r][c]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int c = 0; c < kChains; ++c)
+            V::store(chains[r].lane[c], acc[r][c]);
+}
+
+template <int R>
+void dots_of(int64_t rows, const float* w, const float* x, int64_t x_stride, int64_t vectors,
+             Chains* chains) {
+    if constexpr (R > 1) {
+        if (rows < R) {
+            dots_of<R - 1>(rows, w, x, x_stride, vectors, chains);
+            return;
+        }
+    }
+    dots<R>(w, x, x_stride, vectors, chains);
+}
+
+float fold(const Chains& c) {
+    V::F low = V::add(V::load(c.lane[0]), V::load(c.lane[1]));
+    V::F high = V::add(V::load(c.lane[2]), V::load(c.lane[3]));
+    return V::reduce_add(V::add(low, high));
+}
+
+int64_t padded(int64_t depth) { return ceil_div(depth, kChains * L) * (kChains * L); }
+
+// Whether a segment's weights are decoded in whole groups, in the order that is cheapest.
+bool in_groups(const Weight& w) {
+    return w.kind == k4Bit && w.cols % V::kWide == 0 && ((int64_t)1 << w.block_shift) >= V::kWide;
+}
+
+// Multiplies decoded vectors with one row of x at once; the same sums as dots().
+struct ToChains {
+    const float* x;
+    V::F acc[kChains];
+    PK_SINK inline void take(int64_t group, int i, V::F v) {
+        acc[i % kChains] = V::fma(v, V::load(x + group * V::kWide + i * L), acc[i % kChains]);
+    }
+};
+
+template <int kDtype>
+void fused_dot(const Weight& w, int64_t row, const float* x, Chains& chains) {
+    ToChains sink;
+    sink.x = x;
+    for (int c = 0; c < kChains; ++c)
+        sink.acc[c] = V::load(chains.lane[c]);
+    decode_groups<kDtype, false>(w, row * w.cols, w.cols / V::kWide, sink);
+    for (int c = 0; c < kChains; ++c)
+        V::store(chains.lane[c], sink.acc[c]);
+}
+
+void decode_piece(const Weight& w, int64_t row, int64_t k, int64_t len, float* piece) {
+    if (!in_groups(w)) {
+        decode_run(w, row, k, len, piece);
+        return;
+    }
+    ToLine line = {piece};
+    int64_t flat = row * w.cols + k;
+    if (w.dtype == kBF16)
+        decode_groups<kBF16, false>(w, flat, len / V::kWide, line);
+    else if (w.dtype == kF16)
+        decode_groups<kF16, false>(w, flat, len / V::kWide, line);
+    else
+        decode_groups<kF32, false>(w, flat, len / V::kWide, line);
+}
+
+// Puts a row of x into the order of wide_unordered().
+void reorder(float* x, int64_t n, int dtype) {
+    float group[V::kWide];
+    for (int64_t g = 0; g < n; g += V::kWide) {
+        __builtin_memcpy(group, x + g, sizeof(group));
+        for (int i = 0; i < V::kWide; ++i)
+            x[g + i] = group[V::unordered(dtype, i / L, i % L)];
+    }
+}
+
+struct RowTask {
+    const Product* p;
+    int64_t rows_per_chunk;
+    int64_t x_stride;
+    int status;
+};
+
+void convert_x(const RowTask& task, float* x) {
+    const Product& p = *task.p;
+    for (int n = 0; n < p.segments; ++n) {
+        const Segment& segment = p.segment[n];
+        int64_t whole = padded(segment.depth);
+        for (int64_t i = 0; i < p.m; ++i) {
+            float* line = x + i * task.x_stride;
+            operand_run(segment.x, i, 0, segment.depth, line);
+            if (in_groups(segment.w))
+                reorder(line, segment.depth, segment.w.dtype);
+            for (int64_t k = segment.depth; k < whole; ++k)
+                line[k] = 0.0f;
+        }
+        x += whole;
+    }
+}
+
+// Adds one segment's products for stored rows j .. j + rows to their chains [rows][m].
+void add_segment(const RowTask& task, const Segment& segment, const float* x, int64_t j,
+                 int64_t rows, float* piece, Chains* chains) {
+    const Weight& w = segment.w;
+    int64_t m = task.p->m;
+    constexpr bool kFuse = V::kWide / L % kChains == 0;
+    if (kFuse && m == 1 && in_groups(w)) {
+        for (int64_t r = 0; r < rows; ++r) {
+            if (w.dtype == kBF16)
+                fused_dot<kBF16>(w, j + r, x, chains[r]);
+            else if (w.dtype == kF16)
+                fused_dot<kF16>(w, j + r, x, chains[r]);
+            else
+                fused_dot<kF32>(w, j + r, x, chains[r]);
+        }
+        return;
+    }
+    for (int64_t k = 0; k < segment.depth; k += kPiece) {
+        int64_t len = min64(kPiece, segment.depth - k);
+        int64_t vectors = ceil_div(len, L);
+        for (int64_t r = 0; r < rows; ++r) {
+            decode_piece(w, j + r, k, len, piece);
+            for (int64_t i = len; i < vectors * L; ++i)
+                piece[i] = 0.0f;
+            for (int64_t i = 0; i < m; i += V::kRowGroup)
+                dots_of<V::kRowGroup>(m - i, piece, x + i * task.x_stride + k, task.x_stride,
+                                      vectors, chains + r * m + i);
+        }
+    }
+}
+
+void store_row(const Product& p, int64_t j, const Chains* chains) {
+    float bias = p.bias == nullptr ? 0.0f : load_as_float(p.bias, p.bias_dtype, j);
+    for (int64_t i = 0; i < p.m; ++i) {
+        int64_t at = i * p.out_row_stride + j * p.out_col_stride;
+        float y = fold(chains[i]);
+        if (p.add_to_out)
+            y += load_as_float(p.out, p.out_dtype, at);
+        if (p.bias != nullptr)
+            y += bias;
+        store_from_float(p.out, p.out_dtype, at, y);
+    }
+}
+
+void row_body(void* context, Queue* queue) {
+    RowTask& task = *(RowTask*)context;
+    const Product& p = *task.p;
+    float* piece = (float*)scratch((size_t)(p.m * task.x_stride + kPiece) * sizeof(float));
+    if (piece == nullptr) {
+        __atomic_store_n(&task.status, (int)kNoMemory, __ATOMIC_RELAXED);
+        return;
+    }
+    float* x = piece + kPiece;
+    bool converted = false; // only threads that get a chunk need x
+    for (int64_t chunk = next_chunk(queue); chunk >= 0; chunk = next_chunk(queue)) {
+        if (!converted)
+            convert_x(task, x);
+        converted = true;
+        int64_t end = min64(p.n, (chunk + 1) * task.rows_per_chunk);
+        // A block of stored rows shares each piece of x while that is in the first-level cache.
+        for (int64_t j = chunk * task.rows_per_chunk; j < end; j += kBlockRows) {
+            Chains chains[kBlockRows * kMaxRows];
+            int64_t rows = min64(kBlockRows, end - j);
+            __builtin_memset(chains, 0, sizeof(Chains) * (size_t)(rows * p.m));
+            const float* xs = x;
+            for (int n = 0; n < p.segments; ++n) {
+                add_segment(task, p.segment[n], xs, j, rows, piece, chains);
+                xs += padded(p.segment[n].depth);
+            }
+            for (int64_t r = 0; r < rows; ++r)
+                store_row(p, j + r, chains + r * p.m);
+        }
+    }
+}
+
+bool row_kernel_serves(const Product& p) {
+    if (p.m > kMaxRows || p.mask.on)
+        return false;
+    for (int n = 0; n < p.segments; ++n)
+        if (p.segment[n].along_columns)
+            return false;
+    return true;
+}
+
+int row_product(const Product& p, int threads) {
+    int64_t depth = 1;
+    for (int n = 0; n < p.segments; ++n)
+        depth += p.segment[n].depth;
+    RowTask task = {&p, 1, 16, kOk}; // 16: rows of x must not all start in the same cache set
+    for (int n = 0; n < p.segments; ++n)
+        task.x_stride += padded(p.segment[n].depth);
+    int64_t blocks = 131072 / (depth * kBlockRows); // about 10 us a chunk
+    task.rows_per_chunk = kBlockRows * (blocks < 1 ? 1 : blocks > 8 ? 8 : blocks);
+    run_parallel(threads, ceil_div(p.n, task.rows_per_chunk), row_body, &task);
+    return task.status;
+}
+
+int product(const Product& p) {
+    if (p.m == 0 || p.n == 0)
+        return kOk;
+    double microseconds = 0.0;
+    for (int n = 0; n < p.segments; ++n) {
+        double weights = (double)p.n * (double)p.segment[n].depth;
+        microseconds += weights * (1e-4 + (double)p.m * 3e-5) / V::kSpeed;
+    }
+    int threads = worthwhile_threads(p.threads, microseconds);
+    return row_kernel_serves(p) ? row_product(p, threads) : panel_product(p, threads);
+}
+
+} // namespace
+} // namespace pk::PK_ISA
