@@ -1,0 +1,159 @@
+"""Switching, merging and disabling the adapters of a patched model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from peftkern.nn.adapter import AdapterLayer, adapter_layers
+from peftkern.nn.lora import LoRALinear
+from peftkern.nn.saved import TrainableCopy
+
+
+def adapter_layers_of(model: nn.Module) -> list[tuple[str, AdapterLayer]]:
+    """The model's adapter layers with their paths.
+
+    Raises:
+        ValueError: it has none.
+    """
+    layers = adapter_layers(model.named_modules())
+    if not layers:
+        raise ValueError(
+            f"model: this {type(model).__name__} has no peftkern adapters; call peftkern.patch or "
+            "peftkern.load_adapter first"
+        )
+    return layers
+
+
+def known_adapters(model: nn.Module) -> list[str]:
+    """Names of all adapters in the model, in the order they were added."""
+    layers = adapter_layers(model.named_modules())
+    return list(dict.fromkeys(name for _, layer in layers for name in layer.adapter_names))
+
+
+def set_adapter(model: nn.Module, names: str | Sequence[str], trainable: bool = True) -> None:
+    """Make exactly these adapters active; the others stay loaded and frozen.
+
+    Args:
+        model: a patched model.
+        names: one adapter name, or several whose updates add up.
+        trainable: whether the active adapters require gradients.
+
+    Raises:
+        ValueError: an unknown name; or several adapters with a trained copy of one module.
+        RuntimeError: adapters are merged into the weights.
+
+    Example:
+        >>> peftkern.set_adapter(model, "poetry")  # doctest: +SKIP
+    """
+    layers = adapter_layers_of(model)
+    chosen = [names] if isinstance(names, str) else list(names)
+    known = known_adapters(model)
+    for name in chosen:
+        if name not in known:
+            raise ValueError(f"names: no adapter {name!r}; there are: {', '.join(known)}")
+    merged = [path for path, layer in layers if isinstance(layer, LoRALinear) and layer.merged]
+    if merged:
+        raise RuntimeError(
+            f"adapters are merged into {len(merged)} layers ({merged[0]}, ...); call "
+            "peftkern.unmerge(model) first"
+        )
+    for _, layer in layers:  # these can refuse, so ask before anything changes elsewhere
+        if isinstance(layer, TrainableCopy):
+            layer.check(chosen)
+    for _, layer in layers:
+        layer.set_adapter(chosen, trainable)
+
+
+def merge(
+    model: nn.Module,
+    adapter_names: Sequence[str] | None = None,
+    max_error: float | None = None,
+) -> dict[str, float]:
+    """Write adapters into the base weights: no cost at inference, and exactly undone by unmerge.
+
+    Args:
+        model: a patched model.
+        adapter_names: which adapters; the active ones when left out.
+        max_error: refuse when rounding would lose more than this share of an update. Rounding to a
+            quantized base often loses a large share of a small update.
+
+    Returns:
+        For each layer's path: ||written - (base + update)|| / ||update||.
+
+    Raises:
+        ValueError: unknown adapter, non-finite update, or an error above ``max_error``; the model
+            is then as before the call.
+        RuntimeError: adapters are merged already.
+    """
+    layers = [(p, m) for p, m in adapter_layers_of(model) if isinstance(m, LoRALinear)]
+    known = known_adapters(model)
+    for name in adapter_names or ():
+        if name not in known:
+            raise ValueError(f"adapter_names: no adapter {name!r}; there are: {', '.join(known)}")
+    already = [path for path, layer in layers if layer.merged]
+    if already:
+        raise RuntimeError(f"adapters are merged already ({already[0]}, ...); unmerge first")
+    errors: dict[str, float] = {}
+    done: list[LoRALinear] = []
+    try:
+        for path, layer in layers:
+            names = layer.active_adapters if adapter_names is None else adapter_names
+            here = [name for name in names if name in layer.lora_A]
+            if not here:
+                continue
+            try:
+                errors[path] = layer.merge(here, max_error)
+            except (ValueError, RuntimeError) as error:
+                error.add_note(f"while merging {path}; no layer of the model was changed")
+                raise
+            done.append(layer)
+    except BaseException:
+        for layer in done:
+            layer.unmerge()
+        raise
+    return errors
+
+
+def unmerge(model: nn.Module) -> None:
+    """Put the base weights back exactly as they were before :func:`merge`.
+
+    Args:
+        model: a patched model; layers without a merge are left alone.
+    """
+    for _, layer in adapter_layers_of(model):
+        if isinstance(layer, LoRALinear):
+            layer.unmerge()
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """Within the block the model computes what it did before it was patched.
+
+    Args:
+        model: a patched model; merged adapters are taken out for the block and merged again after.
+
+    Example:
+        >>> with disable_adapter(model):  # doctest: +SKIP
+        ...     reference = model(**batch)
+    """
+    layers = [layer for _, layer in adapter_layers_of(model)]
+    before = [layer.disable_adapters for layer in layers]
+    merged = [
+        (layer, list(layer.merged_adapters))
+        for layer in layers
+        if isinstance(layer, LoRALinear) and layer.merged
+    ]
+    try:
+        for linear, _ in merged:
+            linear.unmerge()
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer, was_disabled in zip(layers, before, strict=True):
+            layer.enable_adapters(not was_disabled)
+        for linear, names in merged:
+            linear.merge(names)

@@ -1,0 +1,84 @@
+"""What every adapter layer has: named adapters, some active, all of them possibly disabled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+
+def check_adapter_name(name: str) -> None:
+    """Refuse names that PEFT's files cannot carry.
+
+    Raises:
+        TypeError: not a string.
+        ValueError: empty, or contains ``.`` or ``lora``.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"adapter_name: expected a string, got {type(name).__name__}")
+    if not name or "." in name or "lora" in name or "/" in name:
+        raise ValueError(
+            f"adapter_name: got {name!r}; it must not be empty nor contain '.', '/' or 'lora', "
+            "because PEFT's file format builds keys from it"
+        )
+
+
+class AdapterLayer(nn.Module):
+    """Bookkeeping of named adapters; subclasses hold their tensors in ``_adapter_containers``."""
+
+    _adapter_containers: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._active_adapter: list[str] = []
+        self._disable_adapters = False
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """All adapters of this layer, in the order they were added."""
+        return list(getattr(self, self._adapter_containers[0]).keys())
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters that take part in the forward pass."""
+        return list(self._active_adapter)
+
+    @property
+    def disable_adapters(self) -> bool:
+        """True while the layer computes its original function only."""
+        return self._disable_adapters
+
+    def adapter_modules(self, name: str) -> list[nn.Module]:
+        """The modules that hold the tensors of adapter ``name``; empty when it has none here."""
+        held = (getattr(self, container) for container in self._adapter_containers)
+        return [modules[name] for modules in held if name in modules]
+
+    def set_adapter(self, names: str | Sequence[str], trainable: bool = True) -> None:
+        """Make exactly these adapters active; only active ones get gradients.
+
+        Args:
+            names: one name or several (their contributions add up).
+            trainable: whether the active adapters require gradients.
+        """
+        chosen = [names] if isinstance(names, str) else list(names)
+        self._active_adapter = chosen
+        for name in self.adapter_names:
+            for module in self.adapter_modules(name):
+                module.requires_grad_(trainable and name in chosen)
+
+    def delete_adapter(self, name: str) -> None:
+        """Remove an adapter and its tensors; unknown names are ignored."""
+        for container in self._adapter_containers:
+            modules = getattr(self, container)
+            if name in modules:
+                del modules[name]
+        self._active_adapter = [active for active in self._active_adapter if active != name]
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters of this layer on or off."""
+        self._disable_adapters = not enabled
+
+
+def adapter_layers(modules: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, AdapterLayer]]:
+    """The adapter layers among named modules."""
+    return [(name, module) for name, module in modules if isinstance(module, AdapterLayer)]
