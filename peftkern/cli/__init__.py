@@ -1,0 +1,58 @@
+"""The command line: `peftkern`, or `python -m peftkern`. Needs the extra `cli`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+def make_app() -> Any:
+    """The typer application with every command.
+
+    Raises:
+        ImportError: typer or rich is not installed.
+    """
+    import typer
+
+    from peftkern._version import __version__
+    from peftkern.cli.demo.command import demo
+    from peftkern.cli.info import info
+
+    app = typer.Typer(
+        name="peftkern",
+        help="Fast, verified kernels for parameter-efficient fine-tuning.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+
+    def version(wanted: bool) -> None:
+        if wanted:
+            typer.echo(f"peftkern {__version__}")
+            raise typer.Exit
+
+    @app.callback()
+    def root(
+        show_version: bool = typer.Option(
+            False, "--version", callback=version, is_eager=True, help="Print the version."
+        ),
+    ) -> None:
+        """Fast, verified kernels for parameter-efficient fine-tuning."""
+
+    app.command()(info)
+    app.command()(demo)
+    return app
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        app = make_app()
+    except ImportError as error:
+        if error.name not in ("typer", "rich", "click"):
+            raise
+        sys.exit(
+            f"peftkern's command line needs {error.name}, which is not installed; "
+            'run: pip install "peftkern[cli]"'
+        )
+    app()

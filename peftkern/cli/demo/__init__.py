@@ -1,0 +1,1 @@
+"""The demo: fine-tune a real pretrained model on real text, every method beside the others."""

@@ -1,0 +1,102 @@
+"""The methods of the demo: adding one is adding one entry to `METHODS`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from peftkern.cli.demo.model import HEAD
+
+# Peak learning rate of the head that every method trains beside its own parameters.
+HEAD_LR = 1e-3
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to fine-tune.
+
+    Args:
+        key: name on the command line and of its folder.
+        title: name in tables and pictures.
+        summary: one sentence for the report.
+        lr: peak learning rate of its parameters (AdamW, linear warm-up and decay).
+        config: makes the configuration for `peftkern.patch`; None trains every weight.
+        weight_decay: of its parameters.
+    """
+
+    key: str
+    title: str
+    summary: str
+    lr: float
+    config: Callable[[], Any] | None
+    weight_decay: float = 0.0
+
+
+def _lora(quantize: str | None = None) -> Callable[[], Any]:
+    def make() -> Any:
+        import peftkern as pk
+
+        return pk.LoRAConfig(
+            r=8,
+            lora_alpha=16,
+            target_modules="all-linear",
+            modules_to_save=[HEAD],
+            quantize=quantize,
+            double_quant=True,
+        )
+
+    return make
+
+
+METHODS: dict[str, Method] = {
+    method.key: method
+    for method in (
+        Method(
+            key="full",
+            title="Full fine-tuning",
+            summary="every weight of the model is trained",
+            lr=1e-4,
+            config=None,
+            weight_decay=0.01,
+        ),
+        Method(
+            key="lora",
+            title="LoRA",
+            summary="rank 8 on every linear layer, base frozen in float32",
+            lr=1e-3,
+            config=_lora(),
+        ),
+        Method(
+            key="qlora-nf4",
+            title="QLoRA NF4",
+            summary="rank 8 on every linear layer, base frozen in 4-bit NF4, double quantization",
+            lr=1e-3,
+            config=_lora("nf4"),
+        ),
+        Method(
+            key="qlora-int8",
+            title="QLoRA INT8",
+            summary="rank 8 on every linear layer, base frozen in row-wise INT8",
+            lr=1e-3,
+            config=_lora("int8"),
+        ),
+    )
+}
+DEFAULT_METHODS = tuple(METHODS)
+
+
+def parse_methods(text: str) -> list[Method]:
+    """The methods named in a comma-separated list, in that order, each once.
+
+    Raises:
+        ValueError: a name is unknown or the list is empty.
+    """
+    names = list(dict.fromkeys(name.strip().lower() for name in text.split(",") if name.strip()))
+    unknown = [name for name in names if name not in METHODS]
+    if unknown or not names:
+        raise ValueError(
+            f"--methods: got {', '.join(map(repr, unknown)) or 'nothing'}, expected a "
+            f"comma-separated list out of: {', '.join(METHODS)}"
+        )
+    return [METHODS[name] for name in names]
