@@ -1,0 +1,479 @@
+"""Optimizers whose state does not fit in memory: state in buckets behind a pager."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftkern.ops.optimizer.reference import BLOCK
+from peftkern.optim import interchange
+from peftkern.optim.base import BlockOptimizer, Params, Work
+from peftkern.optim.files import Disk, PagingError, Record, newest_record
+from peftkern.optim.pager import Pager
+
+_ALIGN = 64
+_BUCKET = 32 << 20
+_SMALLEST_BUCKET = 64 << 10
+
+
+@dataclass(frozen=True)
+class _Plane:
+    """One tensor of a segment, by its place in the bucket."""
+
+    name: str
+    offset: int
+    dtype: torch.dtype
+    count: int
+
+    @property
+    def end(self) -> int:
+        """First byte behind it."""
+        return self.offset + self.count * self.dtype.itemsize
+
+    def of(self, bucket: Tensor) -> Tensor:
+        """The tensor, a view of the bucket's bytes."""
+        return bucket[self.offset : self.end].view(self.dtype)
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """A run of elements of one parameter, in one bucket; starts at a multiple of 256."""
+
+    parameter: int
+    start: int
+    length: int
+    bucket: int
+    planes: tuple[_Plane, ...]
+
+    def tensor(self, name: str, bucket: Tensor) -> Tensor | None:
+        """One of ``state1``, ``state2``, ``absmax1``, ``absmax2``, ``param``; None if absent."""
+        for plane in self.planes:
+            if plane.name == name:
+                return plane.of(bucket)
+        return None
+
+
+class PagedOptimizer(BlockOptimizer):
+    """Mixed into an optimizer, pages its state.
+
+    Args:
+        ram_budget: bytes of RAM for optimizer state; None for no limit. What exceeds it lives in
+            a file, is read ahead of its update and written behind it. Change it with
+            :meth:`set_ram_budget`.
+        page_dir: directory for state that survives the process: two slots a bucket and a journal,
+            so that a kill at any moment leaves the last or the next commit. None pages to an
+            unnamed temporary file, and only if the budget demands it.
+        resume: take over the last commit found in ``page_dir``.
+        keep_parameters: commits hold the parameters too, and ``resume`` restores them: a killed
+            run goes on from its last commit without a checkpoint. Needs ``page_dir``.
+        commit_every: steps from commit to commit.
+        bucket_bytes: size of a bucket; by default 32 MiB, less for small budgets.
+        disk: file operations, for tests.
+        kwargs: those of the optimizer it is mixed into.
+
+    Raises:
+        ValueError: the budget does not hold two buckets, ``page_dir`` already holds a commit and
+            ``resume`` is not set, or the commit belongs to other parameters.
+        PagingError: files cannot be made or read, or are in use.
+
+    Parameters must be on the CPU. All groups must be given at construction for ``resume``.
+
+    Example:
+        >>> import torch
+        >>> from peftkern.optim import PagedAdamW
+        >>> w = torch.nn.Parameter(torch.zeros(300_000))
+        >>> optimizer = PagedAdamW([w], lr=1e-3, ram_budget=1 << 20)
+        >>> w.sum().backward(); optimizer.step()
+        >>> optimizer.paging_report()["resident_bytes"] <= 1 << 20
+        True
+        >>> optimizer.close()
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        *args: Any,
+        ram_budget: int | None = None,
+        page_dir: str | Path | None = None,
+        resume: bool = False,
+        keep_parameters: bool = False,
+        commit_every: int = 1,
+        bucket_bytes: int | None = None,
+        disk: Disk | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if page_dir is None and (resume or keep_parameters):
+            raise ValueError("page_dir: got None, expected a directory for what survives a crash")
+        if commit_every < 1:
+            raise ValueError(f"commit_every: got {commit_every}, expected at least 1")
+        if ram_budget is not None and ram_budget < 1:
+            raise ValueError(f"ram_budget: got {ram_budget}, expected bytes or None")
+        directory = None if page_dir is None else Path(page_dir)
+        if bucket_bytes is None:
+            bucket_bytes = _BUCKET
+            record = newest_record(directory)[1] if directory is not None else None
+            if record is not None:
+                bucket_bytes = record.bucket_bytes
+            elif ram_budget is not None:
+                bucket_bytes = max(_SMALLEST_BUCKET, min(_BUCKET, ram_budget // 8 // 4096 * 4096))
+        if bucket_bytes < 4096:
+            raise ValueError(f"bucket_bytes: got {bucket_bytes}, expected at least 4096")
+        self._bucket_bytes, self._keep = bucket_bytes, keep_parameters
+        self._commit_every, self._runs = commit_every, 0
+        self._segments: dict[int, list[_Segment]] = {}  # by index of the parameter
+        self._by_bucket: list[list[_Segment]] = []
+        self._pager: Pager | None = None
+        super().__init__(params, *args, **kwargs)
+        self._pager = Pager(bucket_bytes, ram_budget, directory, disk or Disk())
+        if directory is not None:
+            try:
+                self._open_directory(directory, resume)
+            except BaseException:
+                self._pager.close()
+                raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("a paged optimizer owns files and a thread: copy its state_dict() instead")
+
+    # -- layout -----------------------------------------------------------------------------------
+
+    @property
+    def pager(self) -> Pager:
+        """The pager that holds the state."""
+        if self._pager is None:
+            raise RuntimeError("the optimizer is not built yet")
+        return self._pager
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _planes(self, parameter: Tensor, length: int, offset: int) -> tuple[_Plane, ...]:
+        eight = self._eight_bit(parameter)
+        planes = []
+        for i in (1, 2) if self._options.rule == "adamw" else (1,):
+            planes.append((f"state{i}", torch.uint8 if eight else torch.float32, length))
+            if eight:
+                planes.append((f"absmax{i}", torch.float32, -(-length // BLOCK)))
+        if self._keep:
+            planes.append(("param", parameter.dtype, length))
+        result = []
+        for name, dtype, count in planes:
+            plane = _Plane(name, offset, dtype, count)
+            offset = -(-plane.end // _ALIGN) * _ALIGN
+            result.append(plane)
+        return tuple(result)
+
+    def _lay_out(self, indices: list[int]) -> None:
+        """Give parameters their places: in order, cut at bucket ends, in multiples of 256."""
+        parameters = self._parameters()
+        sizes: list[int] = []
+        used = self._bucket_bytes  # never continues a bucket that the pager already has
+        for index in indices:
+            parameter = parameters[index]
+            if parameter.device.type != "cpu":
+                raise ValueError(
+                    f"parameter {index}: is on {parameter.device}; paged optimizers need "
+                    "parameters on the CPU"
+                )
+            if hasattr(parameter, "device_mesh"):
+                raise ValueError(
+                    f"parameter {index}: is a DTensor; page the state of plain parameters only"
+                )
+            segments = self._segments.setdefault(index, [])
+            start, numel = 0, parameter.numel()
+            per_block = self._planes(parameter, BLOCK, 0)[-1].end
+            while start < numel:
+                room = self._bucket_bytes - used - 6 * _ALIGN
+                length = min(numel - start, max(0, room) // per_block * BLOCK)
+                if length == 0:
+                    self._by_bucket.append([])
+                    sizes.append(0)
+                    used = 0
+                    continue
+                bucket = len(self._by_bucket) - 1
+                planes = self._planes(parameter, length, used)
+                segment = _Segment(index, start, length, bucket, planes)
+                segments.append(segment)
+                self._by_bucket[-1].append(segment)
+                used = sizes[-1] = -(-planes[-1].end // _ALIGN) * _ALIGN
+                start += length
+        if sizes:
+            self.pager.extend(sizes)
+
+    def _ensure_layout(self, indices: list[int]) -> None:
+        missing = [index for index in indices if index not in self._segments]
+        if missing:
+            if not self._segments:
+                trained = [i for i, p in enumerate(self._parameters()) if p.requires_grad]
+                missing = sorted({*missing, *trained})
+            self._lay_out(missing)
+
+    def _fingerprint(self) -> str:
+        parameters = self._parameters()
+        facts = [
+            (i, str(parameters[i].dtype), [(s.start, s.length, s.bucket) for s in segments])
+            for i, segments in sorted(self._segments.items())
+        ]
+        text = json.dumps([self._options.rule, self._options.bits, self._keep, facts])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    # -- commits ----------------------------------------------------------------------------------
+
+    def _open_directory(self, directory: Path, resume: bool) -> None:
+        record = self.pager.recover()
+        if record is not None and not resume:
+            raise ValueError(
+                f"page_dir: {directory} holds the state of another run; pass resume=True to go "
+                "on with it, or another directory"
+            )
+        parameters = self._parameters()
+        self._ensure_layout([i for i, p in enumerate(parameters) if p.requires_grad])
+        if record is None:
+            if self._keep:
+                self._store_parameters()
+            self._end(commit=True)
+            self.pager.settle()
+            return
+        if record.layout != self._fingerprint():
+            raise ValueError(
+                f"page_dir: {directory} belongs to other parameters, another optimizer or another "
+                "bucket size; build the same ones, or use another directory"
+            )
+        self.pager.adopt(record)
+        for index, step in enumerate(record.steps):
+            if step >= 0:
+                self.state[parameters[index]]["step"] = step
+        for group, seed in zip(self.param_groups, record.seeds, strict=False):
+            group["rounding_seed"] = seed
+        if self._keep:
+            self._load_parameters()
+
+    def _end(self, *, commit: bool) -> None:
+        steps = [int(self.state.get(p, {}).get("step", -1)) for p in self._parameters()]
+        seeds = [g["rounding_seed"] for g in self.param_groups if "rounding_seed" in g]
+        layout = self._fingerprint() if self.pager.persistent else ""
+        about = Record(layout, [], [], steps, self._bucket_bytes, seeds)
+        self.pager.end(about, commit=commit)
+
+    def _each_bucket(self) -> list[int]:
+        order = list(range(len(self._by_bucket)))
+        self.pager.begin(order)
+        return order
+
+    @torch.no_grad()
+    def _store_parameters(self) -> None:
+        flats = [p.detach().contiguous().view(-1) for p in self._parameters()]
+        for number in self._each_bucket():
+            bucket = self.pager.acquire(number)
+            for segment in self._by_bucket[number]:
+                stored = segment.tensor("param", bucket)
+                assert stored is not None
+                end = segment.start + segment.length
+                stored.copy_(flats[segment.parameter][segment.start : end])
+            self.pager.release(number, dirty=True)
+
+    @torch.no_grad()
+    def _load_parameters(self) -> None:
+        parameters = self._parameters()
+        flats = [p.detach().contiguous().view(-1) for p in parameters]
+        for number in self._each_bucket():
+            bucket = self.pager.acquire(number)
+            for segment in self._by_bucket[number]:
+                stored = segment.tensor("param", bucket)
+                assert stored is not None
+                end = segment.start + segment.length
+                flats[segment.parameter][segment.start : end] = stored
+            self.pager.release(number, dirty=False)
+        for parameter, flat in zip(parameters, flats, strict=True):
+            if parameter.detach().data_ptr() != flat.data_ptr():
+                parameter.copy_(flat.view(parameter.shape))
+
+    # -- the step ---------------------------------------------------------------------------------
+
+    def _init_state(self, parameter: Tensor, state: dict[str, Any]) -> None:
+        state["step"] = 0
+
+    def _advance(self, work: list[Work], factor: float) -> None:
+        super()._advance(work, factor)
+        self._runs += 1
+        self._end(commit=self._runs % self._commit_every == 0)
+
+    def _run(self, work: list[Work], hyper: Tensor) -> list[int]:
+        self._ensure_layout([item.index for item in work])
+        row_of = {item.index: i for i, item in enumerate(work)}
+        order = [
+            number
+            for number, segments in enumerate(self._by_bucket)
+            if any(segment.parameter in row_of for segment in segments)
+        ]
+        if self._runs % 2:
+            order.reverse()  # starts with the buckets that the last step ended with
+        skipped = [0] * len(work)
+        self.pager.begin(order)
+        for number in order:
+            bucket = self.pager.acquire(number)
+            segments = [s for s in self._by_bucket[number] if s.parameter in row_of]
+            rows = [row_of[s.parameter] for s in segments]
+            self._update(bucket, segments, [work[i] for i in rows], hyper[rows], rows, skipped)
+            self.pager.release(number, dirty=True)
+        return skipped
+
+    def _update(
+        self,
+        bucket: Tensor,
+        segments: list[_Segment],
+        items: list[Work],
+        hyper: Tensor,
+        rows: list[int],
+        skipped: list[int],
+    ) -> None:
+        two = self._options.rule == "adamw"
+        empty = hyper.new_empty(0)
+
+        def planes(name: str) -> list[Tensor]:
+            found = [segment.tensor(name, bucket) for segment in segments]
+            return [empty if plane is None else plane for plane in found]
+
+        pairs = list(zip(items, segments, strict=True))
+        params = [w.param.view(-1)[s.start : s.start + s.length] for w, s in pairs]
+        grads = [w.grad.view(-1)[s.start : s.start + s.length] for w, s in pairs]
+        result = torch.ops.peftkern.optimizer_step(
+            hyper,
+            params,
+            grads,
+            planes("state1"),
+            planes("state2") if two else [],
+            planes("absmax1"),
+            planes("absmax2") if two else [],
+            self._options.rule,
+            self._rounding(items, [segment.start for segment in segments]),
+        )
+        for row, blocks in zip(rows, result.tolist(), strict=True):
+            skipped[row] += blocks
+        if self._keep:
+            for param, segment in zip(params, segments, strict=True):
+                stored = segment.tensor("param", bucket)
+                assert stored is not None
+                stored.copy_(param)
+
+    # -- state ------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole state in bitsandbytes' layout; needs memory for all of it.
+
+        Raises:
+            PagingError: state cannot be written behind or read back.
+        """
+        result = super().state_dict()
+        parameters = self._parameters()
+        whole: dict[int, dict[str, Any]] = {}
+        for index in self._segments:
+            if parameters[index] in self.state:
+                parameter = parameters[index]
+                whole[index] = interchange.fresh_state(
+                    parameter, self._eight_bit(parameter), self._options.rule == "adamw"
+                )
+        for number in self._each_bucket():
+            bucket = self.pager.acquire(number)
+            for segment in self._by_bucket[number]:
+                if segment.parameter in whole:
+                    _copy_segment(segment, bucket, whole[segment.parameter], into_bucket=False)
+            self.pager.release(number, dirty=False)
+        for index, tensors in whole.items():
+            step = self.state[parameters[index]]["step"]
+            result["state"][index] = interchange.wrap({"step": step, **tensors})
+        return result
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load as :meth:`BlockOptimizer.load_state_dict` does; residency follows the budget."""
+        self.pager.begin([])
+        super().load_state_dict(state_dict)
+        self._end(commit=True)
+
+    def _restore(
+        self, index: int, parameter: Tensor, loaded: dict[str, Any], state: dict[str, Any]
+    ) -> None:
+        whole: dict[str, Any] = {}
+        super()._restore(index, parameter, loaded, whole)
+        state["step"] = whole["step"]
+        self._ensure_layout([index])
+        flat = parameter.detach().contiguous().view(-1)
+        for segment in self._segments[index]:
+            bucket = self.pager.acquire(segment.bucket)
+            _copy_segment(segment, bucket, whole, into_bucket=True)
+            stored = segment.tensor("param", bucket)
+            if stored is not None:
+                stored.copy_(flat[segment.start : segment.start + segment.length])
+            self.pager.release(segment.bucket, dirty=True)
+
+    # -- for the user -----------------------------------------------------------------------------
+
+    def set_ram_budget(self, ram_budget: int | None) -> None:
+        """Change the RAM budget now; None lifts it.
+
+        Raises:
+            ValueError: it does not hold two buckets.
+            PagingError: what has to leave RAM cannot be written.
+        """
+        self.pager.set_budget(ram_budget)
+
+    def sync(self) -> None:
+        """Wait for background writing; with a ``page_dir`` the last step is durable then.
+
+        Raises:
+            PagingError: something could not be written; it is still whole in memory.
+        """
+        if self.pager.persistent and self._runs % self._commit_every:
+            self.pager.settle()
+            self._end(commit=True)
+        self.pager.settle()
+
+    def paging_report(self) -> dict[str, Any]:
+        """What paging did so far.
+
+        Returns:
+            ``total_bytes`` of state, ``resident_bytes`` now in RAM, ``ram_budget``, ``buckets``,
+            ``kept_buckets`` that always stay, ``hits``, ``misses``, ``hit_rate``, ``bytes_read``,
+            ``bytes_written``, ``stall_seconds`` that steps waited, ``commits``, and ``history``: a
+            list of ``{"stall_seconds", "resident_bytes"}`` for the last 1000 steps.
+        """
+        return self.pager.report()
+
+    def close(self) -> None:
+        """Finish writing and release the files and the thread; the optimizer ends here.
+
+        Raises:
+            PagingError: something could not be written.
+        """
+        self.pager.close()
+
+    def __enter__(self) -> PagedOptimizer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _copy_segment(
+    segment: _Segment, bucket: Tensor, whole: dict[str, Any], *, into_bucket: bool
+) -> None:
+    first = segment.start // BLOCK
+    for plane in segment.planes:
+        if plane.name == "param":
+            continue
+        start = first if plane.name.startswith("absmax") else segment.start
+        outside = whole[plane.name].view(-1)[start : start + plane.count]
+        inside = plane.of(bucket)
+        if into_bucket:
+            inside.copy_(outside)
+        else:
+            outside.copy_(inside)
+
+
+__all__ = ["PagedOptimizer", "PagingError"]

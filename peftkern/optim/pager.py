@@ -1,0 +1,454 @@
+"""Buckets of optimizer state in RAM up to a budget, the rest in a file.
+
+A fixed part of the budget keeps the same buckets in RAM; the rest is a few buffers through which
+the others pass: one is being updated, the next is being read, the last is being written. One
+background thread does the reading and writing, in the order in which it is asked.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftkern.optim.files import PAGE, Disk, PagingError, Record, StateFiles
+
+_LOG = logging.getLogger("peftkern")
+_STREAM = 3  # buffers that buckets pass through: update, read ahead, write behind
+_HISTORY = 1000  # steps of which the report keeps the figures
+
+__all__ = ["Pager", "PagingError"]
+
+
+@dataclass
+class _Bucket:
+    size: int
+    buffer: Tensor | None = None
+    in_use: bool = False
+    dirty: bool = False  # RAM is newer than the file
+    slot: int = -1  # newest on disk; -1: none, the state is zero
+    checksum: int = 0
+    committed: int = -1
+    reading: Future[None] | None = None
+    writing: Future[tuple[int, int]] | None = None
+
+
+def _view(buffer: Tensor, size: int) -> memoryview:
+    return memoryview(buffer.numpy()[:size])  # type: ignore[arg-type]
+
+
+def _shut(pid: int, threads: list[ThreadPoolExecutor], files: StateFiles) -> None:
+    """Let the background finish, then close; a forked child leaves its parent's files alone."""
+    if os.getpid() == pid:
+        for thread in threads:
+            thread.shutdown(wait=True)
+        files.close()
+
+
+class Pager:
+    """Hands out buckets of bytes and keeps within a RAM budget.
+
+    Args:
+        stride: largest bucket, in bytes; what every buffer holds.
+        ram_budget: bytes of RAM for state; None for no limit.
+        directory: where state survives the process (two slots a bucket, journalled commits);
+            None for an unnamed temporary file that is used only if the budget demands it.
+        disk: file operations.
+
+    Raises:
+        ValueError: the budget does not hold two buckets.
+        PagingError: the directory is in use.
+    """
+
+    def __init__(
+        self, stride: int, ram_budget: int | None, directory: Path | None, disk: Disk
+    ) -> None:
+        self._stride = -(-stride // PAGE) * PAGE
+        self._buckets: list[_Bucket] = []
+        self._disk = disk
+        self._files = None if directory is None else StateFiles(directory, self._stride, disk)
+        self._threads: list[ThreadPoolExecutor] = []  # none or one
+        self._failure: BaseException | None = None
+        self._commit: Future[Record] | None = None
+        self._free: list[Tensor] = []
+        self._allocated = 0
+        self._order: deque[int] = deque()
+        self._broken: str | None = None
+        self._pid = os.getpid()
+        self._closed = False
+        self._counts = dict.fromkeys(("hits", "misses", "bytes_read", "bytes_written"), 0)
+        self._commits = 0
+        self._stall = 0.0
+        self._steps: deque[tuple[float, int]] = deque(maxlen=_HISTORY)
+        self._stall_before = 0.0
+        if self._files is not None:
+            weakref.finalize(self, _shut, self._pid, self._threads, self._files)
+        self._budget: int | None = None
+        self._check_budget(ram_budget)
+
+    # -- what the optimizer calls -----------------------------------------------------------------
+
+    @property
+    def persistent(self) -> bool:
+        """Whether commits are written."""
+        return self._files is not None and self._files.persistent
+
+    def extend(self, sizes: Sequence[int]) -> None:
+        """Add buckets of zeros.
+
+        Raises:
+            PagingError: the disk has no room for them.
+        """
+        self._check()
+        self._buckets.extend(_Bucket(size) for size in sizes)
+        if self._files is not None or self._capacity() < len(self._buckets):
+            self._reserve()
+
+    def recover(self) -> Record | None:
+        """The last commit of the directory; None for none. Its buckets are :meth:`adopt`-ed."""
+        return None if self._files is None else self._files.recover()
+
+    def adopt(self, record: Record) -> None:
+        """Take the buckets of a recovered commit."""
+        for bucket, slot, checksum in zip(
+            self._buckets, record.slots, record.checksums, strict=True
+        ):
+            bucket.slot = bucket.committed = slot
+            bucket.checksum = checksum
+
+    def begin(self, order: Sequence[int]) -> None:
+        """Announce the buckets that will be acquired, in their order.
+
+        Raises:
+            PagingError: writing behind an earlier step failed. Its state is whole in RAM, the
+                last commit is whole on disk, and the call can be repeated.
+        """
+        self._check()
+        self._stall_before = self._stall
+        self.settle()
+        self._order = deque(order)
+        self._read_ahead()
+
+    def acquire(self, index: int) -> Tensor:
+        """The bytes of a bucket, uint8, to be read and changed until :meth:`release`.
+
+        Raises:
+            PagingError: they cannot be read back.
+        """
+        self._check()
+        bucket = self._buckets[index]
+        if self._order and self._order[0] == index:
+            self._order.popleft()
+        if bucket.writing is not None:
+            self._wait(bucket.writing)
+            self._finish_write(bucket)
+        known = bucket.buffer is not None and bucket.reading is None
+        self._counts["hits" if known or bucket.slot < 0 else "misses"] += 1
+        if bucket.buffer is None:
+            self._fetch(index, self._take_buffer(block=True))
+        if bucket.reading is not None:
+            self._wait(bucket.reading)
+            try:
+                bucket.reading.result()
+            except OSError as error:
+                self._broken = (
+                    f"optimizer state cannot be read back ({error}); load a checkpoint, or resume "
+                    "from the last commit"
+                )
+                raise PagingError(self._broken) from error
+            finally:
+                bucket.reading = None
+        bucket.in_use = True
+        self._read_ahead()
+        assert bucket.buffer is not None
+        return bucket.buffer[: bucket.size]
+
+    def release(self, index: int, *, dirty: bool) -> None:
+        """Hand a bucket back; ``dirty`` says that it was changed."""
+        bucket = self._buckets[index]
+        bucket.in_use = False
+        bucket.dirty |= dirty
+        if not self._kept(index):
+            self._write_behind(index)
+
+    def end(self, about: Record, *, commit: bool) -> None:
+        """Close a step; with ``commit`` the file holds it once the background work is done.
+
+        Args:
+            about: what to commit; its slots and checksums are filled in here.
+            commit: whether to.
+        """
+        if commit and self._files is not None and self._files.persistent:
+            for index in range(len(self._buckets)):
+                self._write_behind(index)
+            files, buckets = self._files, self._buckets
+            pending = [(b.writing, b.slot, b.checksum) for b in buckets]
+
+            def write_record() -> Record:
+                places = [
+                    writing.result() if writing is not None else (slot, checksum)
+                    for writing, slot, checksum in pending
+                ]
+                record = replace(
+                    about, slots=[p[0] for p in places], checksums=[p[1] for p in places]
+                )
+                files.commit(record)
+                return record
+
+            self._commit = self._submit(write_record)
+        self._steps.append((self._stall - self._stall_before, self.resident_bytes()))
+
+    def settle(self) -> None:
+        """Wait until everything that was asked for is on disk.
+
+        Raises:
+            PagingError: something could not be written; nothing is lost, see :meth:`begin`.
+        """
+        self._check()
+        for bucket in self._buckets:
+            if bucket.writing is not None:
+                self._wait(bucket.writing)
+                self._finish_write(bucket)
+        failure, self._failure = self._failure, None
+        if self._commit is not None:
+            self._wait(self._commit)
+            commit, self._commit = self._commit, None
+            failure = commit.exception() or failure
+            if commit.exception() is None:
+                self._commits += 1
+                for bucket, slot in zip(self._buckets, commit.result().slots, strict=False):
+                    bucket.committed = slot
+        if failure is not None:
+            raise PagingError(
+                f"optimizer state could not be written ({failure}). The step itself was done: its "
+                "state is whole in memory, and the last commit is whole on disk. Make room and go "
+                "on: the next step writes again"
+            ) from failure
+
+    def set_budget(self, ram_budget: int | None) -> None:
+        """Change the RAM budget; what no longer fits is written out at once.
+
+        Raises:
+            ValueError: the budget does not hold two buckets.
+            PagingError: what has to leave cannot be written.
+        """
+        self.settle()
+        self._check_budget(ram_budget)
+        if self._capacity() < len(self._buckets) and self._files is None:
+            self._reserve()
+        for index, bucket in enumerate(self._buckets):
+            if not self._kept(index) and bucket.dirty:
+                self._write_behind(index)
+        self.settle()
+        for index, bucket in enumerate(self._buckets):
+            if self._allocated > self._capacity() and not self._kept(index):
+                self._drop(bucket)
+        while self._free and self._allocated > self._capacity():
+            self._free.pop()
+            self._allocated -= 1
+
+    def close(self) -> None:
+        """Finish writing, stop the thread and close the files; a second call does nothing."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        try:
+            self.settle()
+        finally:
+            self._closed = True
+            if self._files is not None:
+                _shut(self._pid, self._threads, self._files)
+            self._buckets, self._free, self._allocated = [], [], 0
+
+    def resident_bytes(self) -> int:
+        """RAM that holds state or passes it on."""
+        return self._allocated * self._stride
+
+    def report(self) -> dict[str, Any]:
+        """Figures so far; see ``PagedOptimizer.paging_report``."""
+        seen = self._counts["hits"] + self._counts["misses"]
+        return {
+            "total_bytes": sum(bucket.size for bucket in self._buckets),
+            "resident_bytes": self.resident_bytes(),
+            "ram_budget": self._budget,
+            "buckets": len(self._buckets),
+            "kept_buckets": sum(self._kept(i) for i in range(len(self._buckets))),
+            **self._counts,
+            "hit_rate": self._counts["hits"] / seen if seen else 1.0,
+            "stall_seconds": self._stall,
+            "commits": self._commits,
+            "history": [
+                {"stall_seconds": stall, "resident_bytes": resident}
+                for stall, resident in self._steps
+            ],
+        }
+
+    # -- RAM --------------------------------------------------------------------------------------
+
+    def _check_budget(self, ram_budget: int | None) -> None:
+        if ram_budget is not None and ram_budget < 2 * self._stride:
+            raise ValueError(
+                f"ram_budget: got {ram_budget} bytes, expected at least {2 * self._stride} (two "
+                f"buckets of {self._stride}); give a smaller bucket_bytes"
+            )
+        self._budget = ram_budget
+
+    def _capacity(self) -> int:
+        if self._budget is None:
+            return max(len(self._buckets), 1)
+        return self._budget // self._stride
+
+    def _kept(self, index: int) -> bool:
+        capacity = self._capacity()
+        return capacity >= len(self._buckets) or index < capacity - _STREAM
+
+    def _take_buffer(self, *, block: bool) -> Tensor | None:
+        """A buffer that holds nothing of value; None (only if not ``block``) when there is none."""
+        while True:
+            if self._free:
+                return self._free.pop()
+            if self._allocated < self._capacity():
+                return self._allocate()
+            ahead = set(self._order)
+            waiting = []
+            for index, bucket in enumerate(self._buckets):
+                if bucket.writing is not None and bucket.writing.done():
+                    self._finish_write(bucket)
+                if bucket.buffer is None or bucket.in_use or bucket.reading or self._kept(index):
+                    continue
+                if bucket.writing is not None:
+                    waiting.append(bucket)
+                elif not bucket.dirty and index not in ahead:
+                    self._drop(bucket)
+                    break
+            else:
+                if not block:
+                    return None
+                if not waiting:
+                    if self._evict_ahead():
+                        continue
+                    # Writing failed: rather exceed the budget than lose state.
+                    _LOG.warning("optimizer state exceeds its RAM budget: it cannot be written")
+                    return self._allocate()
+                assert waiting[0].writing is not None
+                self._wait(waiting[0].writing)
+
+    def _evict_ahead(self) -> bool:
+        """Give up a clean bucket that was read ahead or comes late in this step."""
+        for index in reversed(range(len(self._buckets))):
+            bucket = self._buckets[index]
+            clean = not (bucket.dirty or bucket.in_use or bucket.writing)
+            if bucket.buffer is not None and clean and not self._kept(index):
+                if bucket.reading is not None:
+                    self._wait(bucket.reading)
+                    bucket.reading = None
+                self._drop(bucket)
+                return True
+        return False
+
+    def _allocate(self) -> Tensor:
+        self._allocated += 1
+        return torch.empty(self._stride, dtype=torch.uint8)
+
+    def _drop(self, bucket: _Bucket) -> None:
+        if bucket.buffer is not None and not bucket.dirty:
+            if self._allocated > self._capacity():
+                self._allocated -= 1
+            else:
+                self._free.append(bucket.buffer)
+            bucket.buffer = None
+
+    # -- disk -------------------------------------------------------------------------------------
+
+    def _reserve(self) -> None:
+        if self._files is None:
+            self._files = StateFiles(None, self._stride, self._disk)
+            weakref.finalize(self, _shut, self._pid, self._threads, self._files)
+        try:
+            self._files.reserve(len(self._buckets))
+        except OSError as error:
+            raise PagingError(
+                f"no room for {len(self._buckets)} buckets of {self._stride} bytes: {error}"
+            ) from error
+
+    def _fetch(self, index: int, buffer: Tensor | None) -> None:
+        """Start filling a buffer with a bucket."""
+        bucket = self._buckets[index]
+        assert buffer is not None
+        bucket.buffer = buffer
+        if bucket.slot < 0:
+            buffer.zero_()
+            return
+        assert self._files is not None
+        files, slot, checksum = self._files, bucket.slot, bucket.checksum
+        into = _view(buffer, bucket.size)
+        bucket.reading = self._submit(lambda: files.read_slot(index, slot, into, checksum))
+        self._counts["bytes_read"] += bucket.size
+
+    def _read_ahead(self) -> None:
+        started = 0
+        for index in self._order:
+            bucket = self._buckets[index]
+            if bucket.reading is not None:
+                started += 1
+            elif bucket.buffer is None and bucket.writing is None and bucket.slot >= 0:
+                buffer = self._take_buffer(block=False)
+                if buffer is None:
+                    return
+                self._fetch(index, buffer)
+                started += 1
+            if started >= _STREAM - 1:
+                return
+
+    def _write_behind(self, index: int) -> None:
+        bucket = self._buckets[index]
+        if self._files is None or not bucket.dirty or bucket.writing or bucket.buffer is None:
+            return
+        files, slot = self._files, 1 - bucket.committed if bucket.committed >= 0 else 0
+        if not files.persistent:
+            slot = 0
+        data = _view(bucket.buffer, bucket.size)
+        bucket.dirty = False
+        bucket.writing = self._submit(lambda: (slot, files.write_slot(index, slot, data)))
+        self._counts["bytes_written"] += bucket.size
+
+    def _finish_write(self, bucket: _Bucket) -> None:
+        """Book a write that is done; after a failure the bucket is dirty again."""
+        assert bucket.writing is not None
+        writing, bucket.writing = bucket.writing, None
+        error = writing.exception()
+        if error is None:
+            bucket.slot, bucket.checksum = writing.result()
+        else:
+            bucket.dirty = True
+            self._failure = error
+
+    def _submit(self, work: Callable[[], Any]) -> Future[Any]:
+        if not self._threads:
+            self._threads.append(ThreadPoolExecutor(1, thread_name_prefix="peftkern-pager"))
+        return self._threads[0].submit(work)
+
+    def _wait(self, future: Future[Any]) -> None:
+        if not future.done():
+            start = time.perf_counter()
+            future.exception()
+            self._stall += time.perf_counter() - start
+
+    def _check(self) -> None:
+        if self._closed:
+            raise PagingError("the paged optimizer was closed")
+        if os.getpid() != self._pid:
+            raise PagingError(
+                "a paged optimizer was carried into a forked process; build a new one there"
+            )
+        if self._broken is not None:
+            raise PagingError(self._broken)
