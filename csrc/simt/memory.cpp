@@ -1,0 +1,273 @@
+#include "memory.h"
+
+#include <string.h>
+
+#include <map>
+#include <string>
+
+#include "executor.h"
+
+extern "C" {
+// First and last byte of this shared library: constants of the kernels lie between.
+extern char __ehdr_start __attribute__((visibility("hidden")));
+extern char _end __attribute__((visibility("hidden")));
+}
+
+namespace simt {
+namespace {
+
+constexpr size_t kRedZone = 64; // between two shared arrays; never accessible
+constexpr int kNobody = -1, kManyInWarp = -2, kMany = -3;
+
+enum State : uint8_t { kClosed, kUninitialised, kReady, kInFlight };
+
+struct Cell {
+    Stamp write;
+    Stamp read; // thread may be kManyInWarp (`read_warp`) or kMany
+    int read_warp = -1;
+    bool atomic = false; // the last write was atomic
+    State state = kClosed;
+};
+
+struct Region {
+    std::string name;
+    char* base;
+    size_t bytes;
+    std::vector<Cell> cells;
+};
+
+alignas(128) char shared_bytes[kSharedBytes];
+Region shared = {"shared memory", shared_bytes, kSharedBytes, std::vector<Cell>(kSharedBytes)};
+size_t shared_used;
+std::map<const void*, void*> shared_arrays;
+std::vector<Region> buffers;
+const char* parameter_base;
+size_t parameter_size;
+
+bool inside(const void* p, size_t bytes, const void* base, size_t size) {
+    uintptr_t a = (uintptr_t)p, b = (uintptr_t)base;
+    return a >= b && bytes <= size && a - b <= size - bytes;
+}
+
+Region* region_of(const void* p, size_t bytes) {
+    if (inside(p, bytes, shared.base, shared.bytes))
+        return &shared;
+    for (Region& b : buffers)
+        if (inside(p, bytes, b.base, b.bytes))
+            return &b;
+    return nullptr;
+}
+
+// Whether everything done at `before` by that thread is visible to `now`.
+bool ordered(const Stamp& before, const Stamp& now) {
+    if (before.block != now.block)
+        return false; // blocks of one grid have no order
+    if (before.thread == now.thread || before.barriers < now.barriers)
+        return true;
+    return before.thread / kWarp == now.thread / kWarp && before.warp_syncs < now.warp_syncs;
+}
+
+bool reads_ordered(const Cell& c, const Stamp& now) {
+    if (c.read.thread == kNobody)
+        return true;
+    if (c.read.block != now.block)
+        return false;
+    if (c.read.barriers < now.barriers)
+        return true;
+    if (c.read.thread == kManyInWarp)
+        return c.read_warp == now.thread / kWarp && c.read.warp_syncs < now.warp_syncs;
+    return c.read.thread != kMany && ordered(c.read, now);
+}
+
+void note_read(Cell& c, const Stamp& now) {
+    int warp = now.thread / kWarp;
+    bool fresh = reads_ordered(c, now);
+    bool same = c.read.thread == now.thread && c.read.block == now.block;
+    int who = now.thread;
+    if (!fresh && !same)
+        who = c.read_warp == warp && c.read.block == now.block ? kManyInWarp : kMany;
+    c.read = now;
+    c.read.thread = who;
+    c.read_warp = warp;
+}
+
+void race(const Region& r, size_t offset, const char* what, int other, const Stamp& now) {
+    if (other >= 0)
+        fail("race in %s at byte %zu: thread %d %s what thread %d touched with no barrier between",
+             r.name.c_str(), offset, now.thread, what, other);
+    fail("race in %s at byte %zu: thread %d %s what several threads read with no barrier between",
+         r.name.c_str(), offset, now.thread, what);
+}
+
+void check_cell(Region& r, size_t offset, Access access, const Stamp& now) {
+    Cell& c = r.cells[offset];
+    if (c.state == kClosed)
+        fail("out of bounds: byte %zu of %s belongs to no array", offset, r.name.c_str());
+    if (c.state == kInFlight)
+        fail("byte %zu of %s is touched before its cp.async was waited for", offset,
+             r.name.c_str());
+    if (access != Access::kWrite && c.state == kUninitialised)
+        fail("uninitialised read of byte %zu of %s", offset, r.name.c_str());
+    bool both_atomic = access == Access::kAtomic && c.atomic;
+    if (c.write.thread != kNobody && !both_atomic && !ordered(c.write, now))
+        race(r, offset, access == Access::kRead ? "reads" : "writes", c.write.thread, now);
+    if (access == Access::kRead) {
+        note_read(c, now);
+        return;
+    }
+    if (!reads_ordered(c, now))
+        race(r, offset, "writes", c.read.thread, now);
+    c.write = now;
+    c.atomic = access == Access::kAtomic;
+    c.read = Stamp();
+    c.state = kReady;
+}
+
+void open_cells(size_t from, size_t to) {
+    for (size_t i = from; i < to; ++i) {
+        shared.cells[i] = Cell();
+        shared.cells[i].state = kUninitialised;
+        shared_bytes[i] = (char)0xff; // NaN in every float format
+    }
+}
+
+} // namespace
+
+void begin_launch(const void* parameters, size_t parameter_bytes) {
+    parameter_base = (const char*)parameters;
+    parameter_size = parameter_bytes;
+    for (Region& b : buffers)
+        for (Cell& c : b.cells) {
+            c = Cell();
+            c.state = kReady;
+        }
+}
+
+void begin_block(size_t dynamic_bytes) {
+    for (size_t i = 0; i < shared_used + kRedZone && i < kSharedBytes; ++i)
+        shared.cells[i] = Cell();
+    shared_arrays.clear();
+    shared_used = 0;
+    open_cells(0, dynamic_bytes);
+    shared_used = dynamic_bytes;
+}
+
+void end_launch() { parameter_base = nullptr; }
+
+void* allocate_shared(const void* key, size_t bytes, size_t align) {
+    auto found = shared_arrays.find(key);
+    if (found != shared_arrays.end())
+        return found->second;
+    size_t start = (shared_used + kRedZone + align - 1) / align * align;
+    if (start + bytes > kSharedBytes)
+        fail("shared arrays need %zu bytes, a block may have %zu", start + bytes, kSharedBytes);
+    open_cells(start, start + bytes);
+    shared_used = start + bytes;
+    return shared_arrays[key] = shared_bytes + start;
+}
+
+void* dynamic_shared_memory() { return shared_bytes; }
+
+void check_access(const void* p, size_t bytes, Access access, bool must_be_aligned) {
+    if (!in_kernel() || on_current_stack(p, bytes))
+        return;
+    if (must_be_aligned && (uintptr_t)p % bytes != 0)
+        fail("misaligned: a %zu-byte access at an address that ends in %zu", bytes,
+             (size_t)((uintptr_t)p % 64));
+    Region* r = region_of(p, bytes);
+    if (r == nullptr) {
+        bool constant = inside(p, bytes, parameter_base, parameter_size) ||
+                        inside(p, bytes, &__ehdr_start, (size_t)(&_end - &__ehdr_start));
+        if (constant && access == Access::kRead)
+            return;
+        for (const Region& b : buffers) {
+            intptr_t distance = (intptr_t)((uintptr_t)p - (uintptr_t)b.base);
+            if (distance > -4096 && distance < (intptr_t)b.bytes + 4096)
+                fail("out of bounds: a %zu-byte %s at byte %td of %s, which has %zu bytes", bytes,
+                     access == Access::kRead ? "read" : "write", (ptrdiff_t)distance,
+                     b.name.c_str(), b.bytes);
+        }
+        fail("out of bounds: a %zu-byte %s that meets no buffer", bytes,
+             access == Access::kRead ? "read" : "write");
+    }
+    maybe_preempt();
+    Stamp now = current_stamp();
+    size_t offset = (size_t)((const char*)p - r->base);
+    for (size_t i = 0; i < bytes; ++i)
+        check_cell(*r, offset + i, access, now);
+}
+
+void raw_copy(void* to, const void* from, size_t bytes) { memcpy(to, from, bytes); }
+
+// A copy may land at any moment between issue and wait. Here: what other threads still read or
+// wrote must be ordered before the issue, and from now on nobody may touch the bytes.
+void issue_copy(const PendingCopy& copy) {
+    if ((uintptr_t)copy.shared % (size_t)copy.bytes != 0 ||
+        (copy.source_bytes > 0 && (uintptr_t)copy.global % (size_t)copy.bytes != 0))
+        fail("misaligned: cp.async of %d bytes", copy.bytes);
+    if (!inside(copy.shared, (size_t)copy.bytes, shared.base, shared.bytes))
+        fail("out of bounds: cp.async does not write to shared memory");
+    check_access(copy.shared, (size_t)copy.bytes, Access::kWrite, true);
+    if (copy.source_bytes > 0)
+        check_access(copy.global, (size_t)copy.source_bytes, Access::kRead, false);
+    size_t offset = (size_t)((char*)copy.shared - shared.base);
+    for (int i = 0; i < copy.bytes; ++i) {
+        shared.cells[offset + (size_t)i].state = kInFlight;
+        shared_bytes[offset + (size_t)i] = (char)0xff;
+    }
+}
+
+// The data is there for the waiting thread; others need a barrier, as for any write.
+void finish_copy(const PendingCopy& copy) {
+    size_t offset = (size_t)((char*)copy.shared - shared.base);
+    for (int i = 0; i < copy.bytes; ++i) {
+        Cell& c = shared.cells[offset + (size_t)i];
+        c.state = kReady;
+        c.write = current_stamp();
+        c.atomic = false;
+    }
+    memcpy(copy.shared, copy.global, (size_t)copy.source_bytes);
+    memset((char*)copy.shared + copy.source_bytes, 0, (size_t)(copy.bytes - copy.source_bytes));
+}
+
+} // namespace simt
+
+extern "C" {
+
+void simt_add_buffer(const char* name, void* p, int64_t bytes) {
+    if (bytes > 0)
+        simt::buffers.push_back(
+            {name, (char*)p, (size_t)bytes, std::vector<simt::Cell>((size_t)bytes)});
+}
+
+void simt_clear_buffers() { simt::buffers.clear(); }
+
+// What -fsanitize=thread calls.
+#define PK_HOOK(bytes)                                                                             \
+    void __tsan_read##bytes(void* p) { simt::check_access(p, bytes, simt::Access::kRead, true); }  \
+    void __tsan_write##bytes(void* p) {                                                            \
+        simt::check_access(p, bytes, simt::Access::kWrite, true);                                  \
+    }                                                                                              \
+    void __tsan_unaligned_read##bytes(void* p) {                                                   \
+        simt::check_access(p, bytes, simt::Access::kRead, false);                                  \
+    }                                                                                              \
+    void __tsan_unaligned_write##bytes(void* p) {                                                  \
+        simt::check_access(p, bytes, simt::Access::kWrite, false);                                 \
+    }
+PK_HOOK(1)
+PK_HOOK(2)
+PK_HOOK(4)
+PK_HOOK(8)
+PK_HOOK(16)
+#undef PK_HOOK
+
+void __tsan_read_range(void* p, size_t bytes) {
+    simt::check_access(p, bytes, simt::Access::kRead, false);
+}
+void __tsan_write_range(void* p, size_t bytes) {
+    simt::check_access(p, bytes, simt::Access::kWrite, false);
+}
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+}
