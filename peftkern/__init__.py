@@ -1,8 +1,8 @@
 """peftkern: the kernel layer for parameter-efficient fine-tuning.
 
-Four ways in, one set of kernels: functions and modules (:mod:`peftkern.functional`,
-:mod:`peftkern.nn`), a patch helper for Hugging Face models (:func:`peftkern.patch`), benchmarks
-(``bench/``), and a command line (``python -m peftkern``).
+Four ways in, one set of kernels: functions, modules and optimizers (:mod:`peftkern.functional`,
+:mod:`peftkern.nn`, :mod:`peftkern.optim`), a patch helper for Hugging Face models
+(:func:`peftkern.patch`), benchmarks (``bench/``), and a command line (``python -m peftkern``).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from peftkern.quant import QuantizedTensor, quantize_4bit, quantize_8bit
 from peftkern.registry import apply_environment, backends, use_backend
 
 if TYPE_CHECKING:
-    from peftkern import nn
+    from peftkern import nn, optim
     from peftkern.checkpoint import load_adapter, save_adapter
     from peftkern.hf import LoRAConfig, merge, patch, set_adapter, unmerge, unpatch
 
@@ -30,6 +30,7 @@ apply_environment()
 # Loaded when first used, so that `import peftkern` costs little over `import torch`.
 _LAZY = {
     "nn": "peftkern.nn",
+    "optim": "peftkern.optim",
     "LoRAConfig": "peftkern.hf",
     "patch": "peftkern.hf",
     "unpatch": "peftkern.hf",
@@ -49,6 +50,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "nn",
+    "optim",
     "patch",
     "quantize_4bit",
     "quantize_8bit",
