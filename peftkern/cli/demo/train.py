@@ -62,7 +62,7 @@ class Spec:
     seed: int = 0
     epochs: int = 2
     batch_size: int = 16
-    max_tokens: int = 64
+    max_tokens: int = 48
     max_steps: int = 0
     threads: int = 0
     evaluations: int = 3
@@ -236,7 +236,7 @@ def _optimizer(method: Method, model: nn.Module) -> torch.optim.AdamW:
         {"params": rest, "lr": method.lr, "weight_decay": method.weight_decay},
         {"params": head, "lr": max(method.lr, HEAD_LR), "weight_decay": method.weight_decay},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]])
+    return torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
 
 
 def _count(model: nn.Module) -> dict[str, Any]:
