@@ -92,10 +92,10 @@ void tiles(int64_t rows, const float* x, const float* w, int64_t panels, int64_t
 template <int S>
 struct ToPanels {
     float* out;
-    PK_SINK inline void store(int64_t i, V::F v) {
-        V::store(out + i / V::kTileVecs * S + i % V::kTileVecs * L, v);
+    PK_SINK inline void take(int64_t group, int i, V::F v) {
+        int64_t at = group * (V::kWide / L) + i;
+        V::store(out + at / V::kTileVecs * S + at % V::kTileVecs * L, v);
     }
-    PK_SINK inline void take(int64_t group, int i, V::F v) { store(group * (V::kWide / L) + i, v); }
 };
 
 // Output columns are storage rows: decode kLanes rows, transpose them into the panel.
@@ -103,6 +103,8 @@ void pack_rows(const Weight& w, int64_t row0, int64_t rows, int64_t k0, int64_t 
                PanelScratch& s) {
     for (int64_t j = 0; j < rows; j += L) {
         for (int64_t r = 0; r < L; ++r) {
+            if (j + r + L < rows)
+                prefetch_run(w, row0 + j + r + L, k0, depth);
             if (j + r < rows)
                 decode_run(w, row0 + j + r, k0, depth, s.rows + r * kStride);
             else
@@ -140,8 +142,11 @@ void pack_columns(const Weight& w, int64_t col0, int64_t cols, int64_t k0, int64
             continue;
         }
         decode_run(w, k0 + k, col0, cols, s.line);
-        for (int64_t i = 0; i < whole / L; ++i)
-            panels.store(i, V::load(s.line + i * L));
+        float* to = s.weights + k * kTileCols;
+        for (int64_t j = 0; j < whole; j += kTileCols, to += S)
+#pragma GCC unroll 4
+            for (int v = 0; v < V::kTileVecs; ++v)
+                V::store(to + v * L, V::load(s.line + j + v * L));
     }
 }
 

@@ -272,7 +272,7 @@ void prefetch_run(const Weight& w, int64_t row, int64_t col, int64_t n) {
     int64_t bits = w.kind == k4Bit ? 4 : w.kind == kInt8 ? 8 : 8 * dtype_size(w.dtype);
     const char* p = (const char*)w.p + first * bits / 8;
     for (int64_t b = 0; b < n * bits / 8; b += 64)
-        __builtin_prefetch(p + b);
+        __builtin_prefetch(p + b, 0, 2);
     if (w.kind == k4Bit) {
         int64_t block = first >> w.block_shift;
         if (w.absmax != nullptr)
