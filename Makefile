@@ -23,7 +23,7 @@ CXX_FILES = $(shell find csrc -type f \( -name '*.h' -o -name '*.cpp' -o -name '
 PYTEST := OMP_NUM_THREADS=$(THREADS) $(PY) -m pytest
 BENCH := $(PY) -m pytest bench --benchmark-only
 
-.PHONY: help venv build demo test test-fast lint format bench bench-quick clean
+.PHONY: help venv build demo test test-fast lint format bench bench-quick aot-report clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -104,6 +104,9 @@ bench: $(STAMP)-bench ## kernels against their peers and the hardware's floor
 
 bench-quick: $(STAMP)-bench ## the same on few shapes, under 5 minutes
 	$(BENCH) --bench-level=quick $(ARGS)
+
+aot-report: $(STAMP)-test ## registers, spills and instructions of the Triton kernels
+	$(PY) -m bench.gpu.aot_report $(ARGS)
 
 clean: ## remove the build and the virtual environment
 	rm -rf build $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

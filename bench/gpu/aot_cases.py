@@ -1,0 +1,95 @@
+"""Calls whose kernels are compiled ahead of time: every kernel, every branch of its heuristics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftkern import registry
+from peftkern.triton_kernels.launch import Launch, recording
+
+_BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
+_N, _K = 4096, 4096
+
+
+def _meta(*shape: int, dtype: torch.dtype = _BF16) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _statistics(numel: int, blocksize: int, nested: bool) -> tuple[Tensor, Tensor | None, Any]:
+    blocks = numel // blocksize
+    if not nested:
+        return _meta(blocks, dtype=_FP32), None, None
+    codes = _meta(blocks, dtype=torch.uint8)
+    return codes, _meta(-(-blocks // 256), dtype=_FP32), _meta(1, dtype=_FP32)
+
+
+def _base(format: str, blocksize: int, nested: bool) -> tuple[Any, ...]:
+    """weight, absmax, nested_absmax, nested_offset, format, blocksize of a [4096, 4096] base."""
+    if format == "dense":
+        return _meta(_N, _K), None, None, None, "dense", 0
+    if format == "int8":
+        return _meta(_N, _K, dtype=torch.int8), _meta(_N, dtype=_FP32), None, None, "int8", 0
+    packed = _meta(_N * _K // 2, dtype=torch.uint8)
+    return packed, *_statistics(_N * _K, blocksize, nested), format, blocksize
+
+
+def _calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    """(op, what is special, arguments)."""
+    seed = _meta(1, dtype=torch.int64)
+    for blocksize in (32, 64, 4096):
+        base = _base("nf4", blocksize, True)
+        yield "dequantize_4bit", f"b{blocksize} nested bf16", (*base, [_N, _K], _BF16)
+    yield "dequantize_4bit", "fp4 b64 fp32", (*_base("fp4", 64, False), [_N, _K], _FP32)
+    for kind in ("nf4", "fp4"):
+        yield "quantize_4bit", f"{kind} b64 bf16", (_meta(_N, _K), kind, 64, False)
+    absmax = _meta(_N * _K // 64, dtype=_FP32)
+    yield "quantize_absmax", "", (absmax,)
+    yield "dequantize_absmax", "", _statistics(_N * _K, 64, True)
+    yield "quantize_8bit", "bf16", (_meta(_N, _K), False)
+    codes, scb = _base("int8", 0, False)[:2]
+    yield "dequantize_8bit", "bf16", (codes, scb, _BF16)
+    yield "philox_dropout", "bf16", (_meta(_N, _K), 0.1, seed)
+
+    for m in (1, 32, 64, 128):
+        base = _base("nf4", 64, True)
+        yield "linear_4bit", f"nf4 m{m}", (_meta(m, _K), *base, _N, _meta(_N))
+        yield "linear_4bit_dx", f"nf4 m{m}", (_meta(m, _N), *base, _K)
+        yield "linear_8bit", f"m{m}", (_meta(m, _K), codes, scb, None)
+        yield "linear_8bit_dx", f"m{m}", (_meta(m, _N), codes, scb)
+    yield "linear_4bit", "fp4 b32 m1", (_meta(1, _K), *_base("fp4", 32, False), _N, None)
+    half = _meta(16, _K, dtype=_FP16)
+    yield "linear_4bit", "nf4 fp16 m16", (half, *_base("nf4", 64, False), _N, None)
+
+    for format, m in (("dense", 4096), ("nf4", 16), ("nf4", 4096), ("int8", 64)):
+        for r, adapter, p in (
+            (16, _FP32, 0.1),
+            (32, _FP32, 0.0),
+            (64, _FP32, 0.1),
+            (64, _BF16, 0.0),
+        ):
+            base = _base(format, 64, format == "nf4")
+            x, dy = _meta(m, _K), _meta(m, _N)
+            a, b = _meta(r, _K, dtype=adapter), _meta(_N, r, dtype=adapter)
+            s = _meta(m, r, dtype=_FP32)
+            what = f"{format} m{m} r{r} {str(adapter).removeprefix('torch.')} p{p}"
+            tail = (a, b, 2.0, p, seed if p else None)
+            yield "lora_linear", what, (x, *base, _N, None, *tail)
+            yield "lora_linear_backward", what, (dy, x, s, *base, *tail, True, True)
+
+
+def launches() -> list[tuple[str, Launch]]:
+    """(op and what is special, launch), each kernel and configuration once."""
+    found: dict[tuple[Any, ...], tuple[str, Launch]] = {}
+    for op, what, args in _calls():
+        row = next(r for r in registry.implementations(op, "cuda") if r.backend == "triton")
+        with recording() as recorded, torch.no_grad():
+            row.fn(*args)
+        for launch in recorded:
+            options = tuple(sorted(launch.options.items()))
+            kinds = tuple(getattr(a, "dtype", a is None) for a in launch.args)
+            found.setdefault((launch.kernel.__name__, options, kinds), (f"{op} {what}", launch))
+    return list(found.values())

@@ -1,0 +1,142 @@
+"""Tile shapes of the matmul kernels: frozen dataclasses and the heuristics that choose them.
+
+The heuristics look at shapes only, so that a result does not depend on the GPU it was made on, and
+know no GPU by name: any from compute capability 8.0 on is served.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peftkern.tuning.model import STORED_BYTES
+
+_WANTED_PROGRAMS = 256  # about two for each multiprocessor of the largest GPUs
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """Tiles of ``out[M, O] = x[M, C] W``.
+
+    Args:
+        block_m: rows of x a program.
+        block_o: output features a program.
+        block_c: contracted features a step.
+        group: 4-bit bases: consecutive weights of a tile that share one statistic.
+        split: into how many parts, summed later in fixed order, the contracted length is cut.
+        num_warps: warps a program.
+        num_stages: loads in flight.
+    """
+
+    block_m: int
+    block_o: int
+    block_c: int
+    group: int
+    split: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class RankConfig:
+    """Tiles of the passes that contract with a thin matrix.
+
+    Args:
+        block_m: rows of the activation a step.
+        block_c: columns of the activation a step or program.
+        block_r: ranks a program.
+        split: into how many parts, summed later in fixed order, the long axis is cut.
+        num_warps: warps a program.
+        num_stages: loads in flight.
+    """
+
+    block_m: int
+    block_c: int
+    block_r: int
+    split: int
+    num_warps: int
+    num_stages: int
+
+
+def _divisor(length: int, largest: int) -> int:
+    """The largest power of two up to ``largest`` that divides ``length``."""
+    while length % largest:
+        largest //= 2
+    return largest
+
+
+def linear_config(
+    m: int, rows: int, cols: int, format: str, blocksize: int, transposed: bool
+) -> LinearConfig | None:
+    """Tiles for a base stored as [rows, cols]; ``None`` where the fused kernel cannot serve it.
+
+    Args:
+        m: rows of the activation.
+        rows: out_features of the stored base.
+        cols: in_features of the stored base.
+        format: ``"dense"``, ``"nf4"``, ``"fp4"`` or ``"int8"``.
+        blocksize: of a 4-bit base, else 0.
+        transposed: False for ``x Wᵀ``, True for ``dy W``.
+
+    A tile of a 4-bit base must not reach over the end of a row, and 32 weights at least must share
+    a statistic: ``cols`` has to be a multiple of 32.
+    """
+    block_m = 16 if m <= 16 else 32 if m <= 32 else 64 if m <= 64 else 128
+    block_o, block_c = (64 if m <= 64 else 128), 64
+    group = 0
+    if format in ("nf4", "fp4"):
+        run = _divisor(cols, 64)
+        if run < 32:
+            return None
+        if transposed:
+            block_o = _divisor(cols, block_o)
+        else:
+            block_c = run
+        group = min(run, blocksize)
+    outputs, contracted = (cols, rows) if transposed else (rows, cols)
+    tiles = -(-outputs // block_o) * -(-m // block_m)
+    split = 1
+    # Parts of a long contraction fill a GPU that has too few tiles. Each keeps 8 steps at least,
+    # and all of them (fp32, written and read) stay below half of the stored weights' bytes.
+    if m <= 64:
+        steps = -(-contracted // block_c)
+        most = contracted * STORED_BYTES[format] / (16 * block_m)
+        while tiles * split < _WANTED_PROGRAMS and steps // (2 * split) >= 8 and 2 * split <= most:
+            split *= 2
+    warps = 8 if block_m * block_o >= 128 * 64 else 4
+    return LinearConfig(block_m, block_o, block_c, group, split, warps, 3)
+
+
+def _rank_block(rank: int) -> int:
+    """A power of two from 16 (the least ``tl.dot`` takes) to 64 that holds ``rank`` or a part."""
+    return 16 if rank <= 16 else 32 if rank <= 32 else 64
+
+
+def shrink_config(m: int, contracted: int, rank: int) -> RankConfig:
+    """Tiles of ``S = x Aᵀ``: rows of x times ranks, the contracted length in parts."""
+    block_r = _rank_block(rank)
+    # 64 rows times 64 ranks spill on compute capability 8.0 where fp32 operands are split.
+    block_m = 16 if m <= 16 else 32 if m <= 32 or block_r == 64 else 64
+    split = max(1, min(16, contracted // 256)) if m <= 64 else max(1, min(8, contracted // 1024))
+    return RankConfig(block_m, 64, block_r, split, 4, 3)
+
+
+def adapter_gradient_config(m: int, features: int, rank: int) -> RankConfig:
+    """Tiles of the pass over dY: columns of dY times ranks, the rows in parts.
+
+    A program keeps B and dB for ``block_c`` columns in registers and leaves a part of dS for them:
+    wider tiles would keep those parts smaller against dY, but spill (see the ahead-of-time report).
+    """
+    block_r = _rank_block(rank)
+    block_c = {16: 128, 32: 64, 64: 32}[block_r]
+    columns = -(-features // block_c)
+    split = max(1, min(-(-_WANTED_PROGRAMS // max(columns, 1)), -(-m // 128)))
+    return RankConfig(32, block_c, block_r, split, 4, 2)
+
+
+def down_gradient_config(m: int, features: int, rank: int) -> RankConfig:
+    """Tiles of ``dA = dSᵀ x``: ranks times columns of x, the rows in parts."""
+    block_r = _rank_block(rank)
+    block_c = 64 if block_r == 64 else 128
+    columns = -(-features // block_c)
+    split = max(1, min(-(-_WANTED_PROGRAMS // max(columns, 1)), -(-m // 256)))
+    return RankConfig(32, block_c, block_r, split, 4, 2)

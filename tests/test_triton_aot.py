@@ -1,0 +1,72 @@
+"""Every Triton kernel and configuration compiled ahead of time, without a GPU, and inspected."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton")
+
+from bench.gpu.aot import Binary, compile_launch
+from bench.gpu.aot_cases import launches
+from peftkern.triton_kernels.launch import Launch
+
+# What a program may have on the smallest GPUs served (compute capability 8.6 and 8.9).
+_SHARED_LIMIT = 99 * 1024
+_REGISTER_LIMIT = {"_linear_kernel": 255, "_finish_kernel": 208, "_dequantize_4bit_kernel": 64}
+
+
+def _cells() -> list[object]:
+    """Each launch for both architectures; one per kernel, on 9.0, is not slow."""
+    seen, cells = set(), []
+    for label, launch in launches():
+        name = launch.kernel.__name__
+        for arch in (90, 80):
+            quick = arch == 90 and name not in seen
+            seen.add(name)
+            marks = () if quick else (pytest.mark.slow,)
+            options = "-".join(
+                f"{k}{v}" for k, v in launch.options.items() if k.startswith("BLOCK")
+            )
+            cells.append(
+                pytest.param(launch, arch, marks=marks, id=f"{label}-{name}-{options}-{arch}")
+            )
+    return cells
+
+
+def _multiplies_asynchronously(binary: Binary) -> None:
+    assert binary.count("HGMMA") > 0, "no wgmma"
+    assert max(binary.wgmma_waits) >= 1, "every wgmma is waited for at once"
+
+
+@pytest.mark.parametrize(("launch", "arch"), _cells())
+def test_compiles_within_its_budget(launch: Launch, arch: int) -> None:
+    binary = compile_launch(launch, arch)
+    assert binary.stack == 0, f"{binary.stack} bytes of registers spilled a thread"
+    assert binary.registers <= _REGISTER_LIMIT.get(binary.kernel, 255)
+    assert binary.shared <= _SHARED_LIMIT
+    if binary.kernel == "_linear_kernel":
+        assert binary.count("LDGSTS") > 0, "loads are not asynchronous"
+        if arch == 90:
+            _multiplies_asynchronously(binary)
+        else:
+            assert binary.count("HMMA") > 0
+    if binary.kernel in ("_dequantize_4bit_kernel", "_dequantize_absmax_kernel"):
+        assert binary.count("FFMA") == 0, "a nested statistic is rounded twice, not fused"
+    if launch.options.get("FORMAT") in ("nf4", "fp4") or binary.kernel == "_dequantize_4bit_kernel":
+        # Two table look-ups and more a weight, 32 weights a thread; FP4 has fewer distinct bytes.
+        assert binary.count("PRMT") >= 96, "codes are not decoded in registers"
+    if binary.kernel in ("_shrink_kernel", "_adapter_gradient_kernel", "_down_gradient_kernel"):
+        assert binary.count("HGMMA") + binary.count("HMMA") > 0
+        assert binary.count("RED") + binary.count("ATOM") == 0, "an atomic in a float reduction"
+
+
+def test_every_kernel_is_covered() -> None:
+    from peftkern.triton_kernels import linear, low_rank, quant
+
+    defined = {
+        name
+        for module in (quant, linear, low_rank)
+        for name in vars(module)
+        if name.startswith("_") and name.endswith("_kernel")
+    }
+    assert {launch.kernel.__name__ for _, launch in launches()} == defined

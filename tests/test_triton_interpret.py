@@ -1,0 +1,132 @@
+"""The op matrix for the Triton kernels, run by Triton's interpreter on the CPU.
+
+The interpreter must be switched on before triton is imported, and other tests may import it first:
+so each family runs in a process of its own, which is this file called as a script.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peftkern import registry
+from peftkern.testing import assert_error_rule, assert_same_bits
+
+pytest.importorskip("triton")
+
+_ROOT = str(Path(__file__).parents[1])
+
+
+def _implementations() -> dict[str, registry.Implementation]:
+    rows = [r for name in registry.specs() for r in registry.implementations(name, "cuda")]
+    return {row.op: row for row in rows if row.backend == "triton"}
+
+
+def _family(row: registry.Implementation) -> str:
+    return row.fn.__module__.split(".")[-2]
+
+
+def _outputs(result: Any) -> list[torch.Tensor]:
+    return [result] if isinstance(result, torch.Tensor) else list(result)
+
+
+def _shifted(value: Any) -> Any:
+    """The same values one element further into a buffer: contiguous, but aligned to nothing."""
+    if not isinstance(value, torch.Tensor) or not value.is_contiguous():
+        return value
+    buffer = value.new_empty(value.numel() + 1)
+    buffer[1:] = value.reshape(-1)
+    return buffer[1:].view(value.shape)
+
+
+def _compare(
+    spec: registry.OpSpec, fn: Any, sample: registry.Sample, args: tuple[Any, ...]
+) -> None:
+    expected = _outputs(spec.reference(*sample.args))
+    actual = _outputs(fn(*args))
+    assert len(actual) == len(expected)
+    for i, (got, want) in enumerate(zip(actual, expected, strict=True)):
+        where = f"{spec.name} {sample.name} output {i}"
+        assert got.stride() == want.stride(), where
+        if spec.tolerance == "exact":
+            assert_same_bits(got, want, where)
+            continue
+        assert spec.baseline is not None
+        truth = _outputs(spec.reference(*sample.args, compute=torch.float64))[i]
+        plain = _outputs(spec.baseline(*sample.args))[i]
+        assert_error_rule(got, truth, plain, spec.factor, where)
+
+
+def _run_family(family: str) -> dict[str, dict[str, Any]]:
+    """``{"op dtype": {"ran": count, "failures": [text]}}`` for every triton implementation."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    report: dict[str, dict[str, Any]] = {}
+    for name, row in _implementations().items():
+        if _family(row) != family:
+            continue
+        spec = registry.specs()[name]
+        for dtype in spec.dtypes:
+            failures, ran = [], 0
+            for i, sample in enumerate(spec.samples(dtype)):
+                args = tuple(_shifted(a) for a in sample.args) if i % 2 else sample.args
+                ran += 1
+                try:
+                    _compare(spec, row.fn, sample, args)
+                except Exception as error:
+                    place = traceback.extract_tb(error.__traceback__)[-1]
+                    failures.append(f"{sample.name}: {error!r} at {place.filename}:{place.lineno}")
+            report[f"{name} {dtype}"] = {"ran": ran, "failures": failures}
+    return report
+
+
+@cache
+def _report(family: str) -> dict[str, dict[str, Any]]:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([_ROOT, os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(Path(__file__)), family],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=_ROOT,
+    )
+    if done.returncode:  # kept, so that every cell of the family shows it without another process
+        return {"": {"ran": 0, "failures": [done.stderr[-4000:]]}}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _cells() -> list[tuple[str, str]]:
+    specs = registry.specs()
+    return [(name, str(d)) for name in _implementations() for d in specs[name].dtypes]
+
+
+@pytest.mark.parametrize(("name", "dtype"), _cells())
+def test_matches_reference(name: str, dtype: str) -> None:
+    report = _report(_family(_implementations()[name]))
+    cell = report.get("", {}) or report[f"{name} {dtype}"]
+    assert not cell["failures"], "\n".join(cell["failures"])
+    assert cell["ran"] >= 5
+
+
+def test_importing_peftkern_imports_no_triton() -> None:
+    code = "import sys, peftkern; sys.exit('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=_ROOT)
+    assert done.returncode == 0
+
+
+if __name__ == "__main__":
+    from bench.gpu import interpreter
+
+    interpreter.repair()
+    print(json.dumps(_run_family(sys.argv[1])))
