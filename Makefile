@@ -77,7 +77,7 @@ venv: $(STAMP)-torch ## create the virtual environment with torch
 
 build: $(STAMP)-native ## build the native module and install peftkern in place
 
-demo: $(STAMP)-demo ## fine-tune a real model with every method (QUICK=1: under 2 minutes)
+demo: $(STAMP)-demo ## fine-tune a real model with every method (QUICK=1: a reduced run)
 	$(PY) -m peftkern demo $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
 
 test: $(STAMP)-test ## every test

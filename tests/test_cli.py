@@ -505,6 +505,8 @@ def test_ctrl_c_keeps_what_is_done(tiny_model: Path, tmp_path: Path) -> None:
         text=True,
         env=environment(),
         cwd=ROOT,
+        # A shell starts its background jobs with SIGINT ignored, and a child inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert child.stdout is not None
     seen = ""

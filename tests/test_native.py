@@ -197,6 +197,8 @@ def test_missing_module_gives_its_reason(tmp_path: Path) -> None:
     (package / "_native_build_failure.txt").write_text("the native build failed: no compiler\n")
     code = (
         f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n"
+        # An editable install has a finder that would bring the real module back.
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in repr(f)]\n"
         "import torch, peftkern\n"
         "print(peftkern.backends()['native'])\n"
         "w = torch.randn(4, 64)\n"
