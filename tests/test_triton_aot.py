@@ -53,8 +53,9 @@ def test_compiles_within_its_budget(launch: Launch, arch: int) -> None:
     if binary.kernel in ("_dequantize_4bit_kernel", "_dequantize_absmax_kernel"):
         assert binary.count("FFMA") == 0, "a nested statistic is rounded twice, not fused"
     if launch.options.get("FORMAT") in ("nf4", "fp4") or binary.kernel == "_dequantize_4bit_kernel":
-        # Two table look-ups and more a weight, 32 weights a thread; FP4 has fewer distinct bytes.
-        assert binary.count("PRMT") >= 96, "codes are not decoded in registers"
+        # Table look-ups of a thread's weights; the FP4 table has fewer distinct bytes to pick from.
+        least = 96 if launch.options.get("FORMAT") == "fp4" else 150
+        assert binary.count("PRMT") >= least, "codes are not decoded in registers"
     if binary.kernel in ("_shrink_kernel", "_adapter_gradient_kernel", "_down_gradient_kernel"):
         assert binary.count("HGMMA") + binary.count("HMMA") > 0
         assert binary.count("RED") + binary.count("ATOM") == 0, "an atomic in a float reduction"
