@@ -1,30 +1,22 @@
-// The Python module peftkern._C: the only file that knows pybind11. Pointers cross as integers;
-// peftkern/ops/*/cpu.py has checked dtype, size, device and contiguity before.
-
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+// The Python module peftkern._C; further families are bound in bind_*.cpp. Pointers cross as
+// integers: peftkern/ops/*/cpu.py has checked dtype, size, device and contiguity before.
 
 #include <link.h>
 #include <string.h>
 
 #include <atomic>
-#include <stdexcept>
-#include <string>
-#include <vector>
 
-#include "common/codebooks.h"
-#include "cpu/dispatch.h"
-#include "cpu/threading.h"
+#include "bind.h"
 
-namespace py = pybind11;
+using namespace pk_bind;
 
 namespace {
 
-using Address = uintptr_t;
-
 std::atomic<const pk::Kernels*> chosen{nullptr};
 
-const pk::Kernels& kernels() {
+} // namespace
+
+const pk::Kernels& pk_bind::kernels() {
     const pk::Kernels* k = chosen.load(std::memory_order_acquire);
     if (k == nullptr) {
         k = pk::best_isa();
@@ -33,90 +25,7 @@ const pk::Kernels& kernels() {
     return *k;
 }
 
-void check(int status, const char* op) {
-    if (status != pk::kOk)
-        throw std::runtime_error(std::string("peftkern::") + op + ": native status " +
-                                 std::to_string(status) + ": " + pk::status_text(status));
-}
-
-// Weight as the tuple (kind, dtype, data, rows, cols, stride, swapped, absmax, nested,
-// nested_absmax, nested_offset, quant_type, block_shift); `swapped` says that storage is [K, N].
-struct Base {
-    pk::Weight w;
-    bool swapped = false;
-};
-
-Base make_base(const py::tuple& t) {
-    if (t.size() != 13)
-        throw std::invalid_argument("weight: expected a tuple of 13 entries");
-    Base b;
-    b.w.kind = t[0].cast<int>();
-    b.w.dtype = t[1].cast<int>();
-    b.w.p = reinterpret_cast<const void*>(t[2].cast<Address>());
-    b.w.rows = t[3].cast<int64_t>();
-    b.w.cols = t[4].cast<int64_t>();
-    b.w.stride = t[5].cast<int64_t>();
-    b.swapped = t[6].cast<bool>();
-    b.w.absmax = reinterpret_cast<const float*>(t[7].cast<Address>());
-    b.w.nested = reinterpret_cast<const uint8_t*>(t[8].cast<Address>());
-    b.w.nested_absmax = reinterpret_cast<const float*>(t[9].cast<Address>());
-    Address offset = t[10].cast<Address>();
-    if (offset != 0)
-        b.w.nested_offset = *reinterpret_cast<const float*>(offset);
-    b.w.quant_type = t[11].cast<int>();
-    b.w.block_shift = t[12].cast<int>();
-    return b;
-}
-
-// (seed, threshold, scale, columns), or None.
-pk::Dropout make_dropout(const py::object& o) {
-    pk::Dropout d;
-    if (o.is_none())
-        return d;
-    py::tuple t = o.cast<py::tuple>();
-    d.on = true;
-    d.seed = static_cast<uint64_t>(t[0].cast<int64_t>());
-    d.threshold = t[1].cast<uint32_t>();
-    d.scale = t[2].cast<float>();
-    d.cols = t[3].cast<int64_t>();
-    return d;
-}
-
-pk::Operand matrix(Address p, int dtype, int64_t cols) {
-    pk::Operand x;
-    x.p = reinterpret_cast<const void*>(p);
-    x.dtype = dtype;
-    x.row_stride = cols;
-    return x;
-}
-
-pk::Operand transposed(Address p, int dtype, int64_t cols) {
-    pk::Operand x = matrix(p, dtype, 1);
-    x.col_stride = cols;
-    return x;
-}
-
-pk::Weight dense(Address p, int dtype, int64_t rows, int64_t cols) {
-    pk::Weight w;
-    w.p = reinterpret_cast<const void*>(p);
-    w.dtype = dtype;
-    w.rows = rows;
-    w.cols = cols;
-    w.stride = cols;
-    return w;
-}
-
-void set_out(pk::Product& p, Address out, int dtype, int64_t row_stride, int64_t col_stride = 1) {
-    p.out = reinterpret_cast<void*>(out);
-    p.out_dtype = dtype;
-    p.out_row_stride = row_stride;
-    p.out_col_stride = col_stride;
-}
-
-void add_segment(pk::Product& p, const pk::Operand& x, const pk::Weight& w, int64_t depth,
-                 bool along_columns) {
-    p.segment[p.segments++] = {x, w, depth, along_columns};
-}
+namespace {
 
 // y [m, N] = x [m, K] W^T + bias, or with `transpose` dx [m, K] = dy [m, N] W.
 void linear(Address x, int dtype, int64_t m, const py::tuple& weight, bool transpose, Address bias,

@@ -1,0 +1,12 @@
+"""Stateless differentiable functions: docs, defaults and shape handling; no maths.
+
+Every function takes activations with any leading dimensions, honours autocast as
+``torch.nn.functional.linear`` does, and is differentiable in the activations, the adapters and the
+biases. Base weights are frozen.
+"""
+
+from peftkern.functional.dropout import dropout
+from peftkern.functional.linear import linear_4bit, linear_8bit
+from peftkern.functional.lora import lora_linear
+
+__all__ = ["dropout", "linear_4bit", "linear_8bit", "lora_linear"]

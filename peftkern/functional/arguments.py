@@ -1,0 +1,145 @@
+"""Shapes, dtypes and defaults of arguments: what every function does before an op is called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from peftkern.quant import QuantizedTensor
+
+
+def require_float(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected a floating dtype")
+
+
+def require_quantized(q: QuantizedTensor, kinds: tuple[str, ...]) -> None:
+    if not isinstance(q, QuantizedTensor):
+        raise TypeError(f"q: got {type(q).__name__}, expected a QuantizedTensor")
+    if q.quant_type not in kinds:
+        raise TypeError(f"q: got a {q.quant_type} weight, expected {' or '.join(kinds)}")
+
+
+def matrix_shape(shape: torch.Size) -> tuple[int, int]:
+    if len(shape) != 2:
+        raise ValueError(f"base: got shape {tuple(shape)}, expected [out, in]")
+    return shape[0], shape[1]
+
+
+@dataclass(frozen=True)
+class FrozenBase:
+    """A frozen weight [out, in] in the form in which ops take it.
+
+    Args:
+        weight: dense [out, in], or the packed codes.
+        statistics: absmax, nested_absmax and nested_offset of a quantized weight.
+        format: ``"dense"``, ``"nf4"``, ``"fp4"`` or ``"int8"``.
+        blocksize: of a 4-bit weight, else 0.
+        out_features: rows of the weight.
+        in_features: columns of the weight.
+    """
+
+    weight: Tensor
+    statistics: tuple[Tensor | None, Tensor | None, Tensor | None]
+    format: str
+    blocksize: int
+    out_features: int
+    in_features: int
+
+    def bundle(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, str, int]:
+        """weight, absmax, nested_absmax, nested_offset, format, blocksize: the order of schemas."""
+        return (self.weight, *self.statistics, self.format, self.blocksize)
+
+    def for_input(self, x: Tensor) -> FrozenBase:
+        """The same weight with a dense one brought to x's dtype under autocast, or refused."""
+        if self.format != "dense":
+            return self
+        return replace(self, weight=dense_for(x, self.weight))
+
+
+def frozen_base(base: Tensor | QuantizedTensor) -> FrozenBase:
+    """Take a base weight apart.
+
+    Raises:
+        TypeError: neither a tensor nor a :class:`QuantizedTensor`.
+        ValueError: not a matrix, or a tensor that requires a gradient.
+    """
+    if isinstance(base, QuantizedTensor):
+        out_features, in_features = matrix_shape(base.shape)
+        quantized = (base.quant_type, base.blocksize)
+        return FrozenBase(base.weight, base.statistics(), *quantized, out_features, in_features)
+    if not isinstance(base, Tensor):
+        raise TypeError(
+            f"base: got {type(base).__name__}, expected a torch.Tensor or a QuantizedTensor"
+        )
+    out_features, in_features = matrix_shape(base.shape)
+    if base.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "base: requires a gradient, but the base of an adapter is frozen; "
+            "call base.requires_grad_(False)"
+        )
+    return FrozenBase(base, (None, None, None), "dense", 0, out_features, in_features)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype a linear computes in: x's own, or autocast's (which leaves fp64 alone)."""
+    kind = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def as_matrix(x: Tensor, in_features: int) -> tuple[Tensor, torch.Size]:
+    """x as a contiguous [M, in] of the compute dtype, and its leading dimensions."""
+    require_float("x", x)
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [..., {in_features}]")
+    lead = x.shape[:-1]
+    x = x.to(autocast_dtype(x))
+    return x.reshape(lead.numel(), in_features).contiguous(), lead
+
+
+def bias_for(x: Tensor, bias: Tensor | None) -> Tensor | None:
+    if bias is None or bias.dtype == x.dtype:
+        return bias
+    require_float("bias", bias)
+    if torch.is_autocast_enabled(x.device.type) or bias.dtype == torch.float32:
+        return bias.to(x.dtype)
+    raise TypeError(f"bias: got dtype {bias.dtype}, expected {x.dtype} like x, or float32")
+
+
+def dense_for(x: Tensor, weight: Tensor) -> Tensor:
+    require_float("base", weight)
+    if weight.dtype != x.dtype:
+        if not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"base: got dtype {weight.dtype}, expected {x.dtype} like x")
+        weight = weight.to(x.dtype)
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):
+        weight = weight.contiguous()
+    return weight
+
+
+def adapter_for(x: Tensor, adapter: Tensor, name: str) -> Tensor:
+    require_float(name, adapter)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if adapter.dtype not in (x.dtype, wide):
+        if not torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            raise TypeError(f"{name}: got dtype {adapter.dtype}, expected {x.dtype} or {wide}")
+        adapter = adapter.to(wide)
+    return adapter.contiguous()
+
+
+def seed_for(x: Tensor, p: float, seed: Tensor | None) -> Tensor | None:
+    if p == 0.0:
+        return None
+    if seed is None:
+        seed = torch.randint(2**62, (1,), dtype=torch.int64)
+    return seed.to(x.device)
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
