@@ -8,5 +8,6 @@ biases. Base weights are frozen.
 from peftkern.functional.dropout import dropout
 from peftkern.functional.linear import linear_4bit, linear_8bit
 from peftkern.functional.lora import lora_linear
+from peftkern.functional.sparse import sparse_delta_linear
 
-__all__ = ["dropout", "linear_4bit", "linear_8bit", "lora_linear"]
+__all__ = ["dropout", "linear_4bit", "linear_8bit", "lora_linear", "sparse_delta_linear"]

@@ -35,7 +35,7 @@ def _randn(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def _check_base(
+def check_base(
     x: Tensor,
     weight: Tensor,
     absmax: Tensor | None,
@@ -100,7 +100,7 @@ def _check_forward(
     seed: Tensor | None,
 ) -> None:
     statistics = (absmax, nested_absmax, nested_offset)
-    _check_base(x, weight, *statistics, format, blocksize, out_features)
+    check_base(x, weight, *statistics, format, blocksize, out_features)
     _check_adapter(x, lora_A, lora_B, out_features)
     checks.bias_like(x, bias, out_features)
     checks.dropout_arguments(x, dropout_p, seed)
@@ -127,7 +127,7 @@ def _fake_forward(
     return y, x.new_empty((x.shape[0], lora_A.shape[0]), dtype=wide)
 
 
-def _base_sample(
+def base_sample(
     format: str, n: int, k: int, blocksize: int, nested: bool, dtype: torch.dtype, seed: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, str, int]:
     if format == "int8":
@@ -150,7 +150,7 @@ def _name(case: tuple[int, int, int, int, str, int, bool, bool, float, bool]) ->
 def _samples_forward(dtype: torch.dtype) -> Iterator[Sample]:
     for i, case in enumerate(_CASES):
         m, n, k, r, format, blocksize, nested, has_bias, p, master = case
-        base = _base_sample(format, n, k, blocksize, nested, dtype, i)
+        base = base_sample(format, n, k, blocksize, nested, dtype, i)
         adapter = torch.promote_types(dtype, torch.float32) if master else dtype
         a, b = _randn((r, k), adapter, i + 2) * 0.1, _randn((n, r), adapter, i + 3)
         bias = _randn((n,), dtype, i + 1) if has_bias else None
@@ -224,7 +224,7 @@ def _check_backward(
     checks.dtype_in("dy", dy, (x.dtype,))
     out_features = dy.shape[1]
     statistics = (absmax, nested_absmax, nested_offset)
-    _check_base(x, weight, *statistics, format, blocksize, out_features)
+    check_base(x, weight, *statistics, format, blocksize, out_features)
     _check_adapter(x, lora_A, lora_B, out_features)
     checks.shape_is("dy", dy, (x.shape[0], out_features))
     checks.dtype_in("s", s, (torch.promote_types(x.dtype, torch.float32),))
