@@ -13,7 +13,8 @@ from torch import nn
 
 import peftkern as pk
 from peftkern.checkpoint.files import write_atomically
-from peftkern.checkpoint.peft_config import LORA_FIELDS, PEFT_VERSION
+from peftkern.checkpoint.peft_common import PEFT_VERSION
+from peftkern.checkpoint.peft_lora import FIELDS
 from peftkern.nn import LoRALinear
 
 peft = pytest.importorskip("peft")
@@ -123,7 +124,7 @@ def test_our_table_of_fields_is_pefts() -> None:
     if peft.__version__ != PEFT_VERSION:
         pytest.skip(f"the table is that of PEFT {PEFT_VERSION}, here is {peft.__version__}")
     known = {f.name for f in fields(peft.LoraConfig)} - {"runtime_config"}
-    assert known == set(LORA_FIELDS)
+    assert known == set(FIELDS)
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])

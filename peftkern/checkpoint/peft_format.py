@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from peftkern.checkpoint.codecs import codec_for, codec_of
 from peftkern.checkpoint.files import (
     open_safetensors,
     read_json,
@@ -18,12 +19,11 @@ from peftkern.checkpoint.files import (
     write_json,
     write_safetensors,
 )
-from peftkern.checkpoint.peft_config import from_peft, to_peft
-from peftkern.hf.config import LoRAConfig
+from peftkern.checkpoint.peft_common import some
+from peftkern.hf.config import BASE_OPTIONS
 from peftkern.hf.patching import PatchHandle, apply_config, handle_of
-from peftkern.hf.targets import Site, by_pattern, survey
-from peftkern.nn.adapter import check_adapter_name
-from peftkern.nn.lora import LoRALinear
+from peftkern.hf.targets import Site, survey
+from peftkern.nn.adapter import AdapterLayer, check_adapter_name
 from peftkern.nn.saved import TrainableCopy
 
 logger = logging.getLogger("peftkern")
@@ -32,15 +32,6 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PICKLED_NAME = "adapter_model.bin"
 _PREFIX = "base_model.model."
-_OPTIONS = (
-    "quantize",
-    "blocksize",
-    "double_quant",
-    "quantize_modules",
-    "adapter_dtype",
-    "keep_original",
-)
-_SHOWN = 8  # keys named in an error message before "and n more"
 
 
 def save_adapter(
@@ -85,20 +76,14 @@ def save_adapter(
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"path: {folder} is a file, expected a directory")
         folder.mkdir(parents=True, exist_ok=True)
-        adapted = [(s.name, s.module) for s in sites if _carries(s.module, name)]
-        layers = [(path, m) for path, m in adapted if isinstance(m, LoRALinear)]
-        fields = to_peft(
-            handle.adapters[name].config,
-            model,
-            sites,
-            [path for path, _ in layers],
-            any(layer.fan_in_fan_out for _, layer in layers),
-        )
+        config = handle.adapters[name].config
+        codec = codec_of(config.kind)
+        fields = codec.to_fields(config, model, sites, name)
         # Weights first: a config without weights is the confusing half of an interrupted save.
-        write_safetensors(folder / WEIGHTS_NAME, adapter_tensors(sites, name))
+        write_safetensors(folder / WEIGHTS_NAME, adapter_tensors(codec, model, sites, name))
         write_json(folder / CONFIG_NAME, fields)
         if not (folder / "README.md").exists():
-            write_atomically(folder / "README.md", _card(fields).encode())
+            write_atomically(folder / "README.md", _card(fields, codec.summary(fields)).encode())
 
 
 def load_adapter(
@@ -134,14 +119,21 @@ def load_adapter(
         >>> handle = peftkern.load_adapter(model, "out/adapter")  # doctest: +SKIP
     """
     for option in options:
-        if option not in _OPTIONS:
-            raise TypeError(f"unknown option {option!r}; expected one of {', '.join(_OPTIONS)}")
+        if option not in BASE_OPTIONS:
+            raise TypeError(f"unknown option {option!r}; expected one of {', '.join(BASE_OPTIONS)}")
     check_adapter_name(adapter_name)
     folder = Path(path)
     _check_files(folder)
-    config = from_peft(read_json(folder / CONFIG_NAME), str(folder / CONFIG_NAME), options)
+    fields, where = read_json(folder / CONFIG_NAME), str(folder / CONFIG_NAME)
+    codec = codec_for(fields.get("peft_type"), where)
+    config = codec.from_fields(fields, where, options)
     handle = handle_of(model)
     exists = handle is not None and adapter_name in handle.adapters
+    if exists and handle is not None and handle.adapters[adapter_name].config.kind != config.kind:
+        raise ValueError(
+            f"adapter_name: {adapter_name!r} is a {handle.adapters[adapter_name].config.kind} "
+            f"adapter, the file holds {config.kind}; load it under another name"
+        )
     if exists and options:
         raise ValueError(
             f"options {', '.join(options)} cannot be applied: adapter {adapter_name!r} exists "
@@ -153,48 +145,45 @@ def load_adapter(
     try:
         sites = survey(model)
         if exists:
-            _check_same_function(sites, adapter_name, config)
-        _copy_in(folder / WEIGHTS_NAME, sites, adapter_name)
+            codec.check_same_function(sites, adapter_name, config)
+        wanted = adapter_tensors(codec, model, sites, adapter_name)
+        _copy_in(folder / WEIGHTS_NAME, wanted)
     except BaseException:
         if not exists:
             handle.drop_latest()
         raise
     if not trainable:
         for site in sites:
-            if _carries(site.module, adapter_name):
-                for module in site.module.adapter_modules(adapter_name):  # type: ignore[operator]
+            if isinstance(site.module, AdapterLayer):
+                for module in site.module.adapter_modules(adapter_name):
                     module.requires_grad_(False)
     return handle
 
 
-def adapter_tensors(sites: Sequence[Site], adapter_name: str) -> dict[str, Tensor]:
+def adapter_tensors(
+    codec: ModuleType, model: nn.Module, sites: Sequence[Site], adapter_name: str
+) -> dict[str, Tensor]:
     """The tensors of one adapter by PEFT's keys: the model's own, not copies.
 
     Args:
-        sites: the model's modules.
+        codec: the method's module under ``peftkern.checkpoint``.
+        model: the model.
+        sites: its modules.
         adapter_name: which adapter.
 
     Returns:
-        ``base_model.model.<path>.lora_A.weight`` [r, in], ``...lora_B.weight`` [out, r], and for
-        modules trained in full their state under their plain path.
+        The method's tensors, and for modules trained in full their state under their plain path;
+        all below ``base_model.model.`` unless the method's files have no such prefix.
     """
-    tensors: dict[str, Tensor] = {}
+    prefix = getattr(codec, "PREFIX", _PREFIX)
+    own = codec.tensors(model, sites, adapter_name)
+    held = {f"{prefix}{key}": tensor for key, tensor in own.items()}
     for site in sites:
-        module, key = site.module, f"{_PREFIX}{site.name}"
-        if not _carries(module, adapter_name):
-            continue
-        if isinstance(module, LoRALinear):
-            down, up = module.factors(adapter_name)
-            tensors[f"{key}.lora_A.weight"] = down
-            tensors[f"{key}.lora_B.weight"] = up
-        else:
-            state = module.modules_to_save[adapter_name].state_dict()  # type: ignore[index, union-attr]
-            tensors.update({f"{key}.{name}": tensor for name, tensor in state.items()})
-    return tensors
-
-
-def _carries(module: nn.Module, adapter_name: str) -> bool:
-    return isinstance(module, LoRALinear | TrainableCopy) and adapter_name in module.adapter_names
+        module = site.module
+        if isinstance(module, TrainableCopy) and adapter_name in module.adapter_names:
+            state = module.modules_to_save[adapter_name].state_dict()
+            held.update({f"{_PREFIX}{site.name}.{name}": value for name, value in state.items()})
+    return held
 
 
 def _check_files(folder: Path) -> None:
@@ -217,43 +206,24 @@ def _check_files(folder: Path) -> None:
         raise FileNotFoundError(f"path: no {WEIGHTS_NAME} in {folder}")
 
 
-def _check_same_function(sites: Sequence[Site], name: str, config: LoRAConfig) -> None:
-    problems = []
-    for site in sites:
-        module = site.module
-        if not (isinstance(module, LoRALinear) and name in module.lora_A):
-            continue
-        r = by_pattern(config.rank_pattern, site.name, config.r)
-        alpha = by_pattern(config.alpha_pattern, site.name, config.lora_alpha)
-        scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
-        if r == module.r[name] and not math.isclose(scaling, module.scaling[name], rel_tol=1e-9):
-            problems.append(f"{site.name}: file {scaling:g}, model {module.scaling[name]:g}")
-    if problems:
-        raise ValueError(
-            "the file's lora_alpha or use_rslora differs from the existing adapter's, so the "
-            f"scaling would be wrong ({_some(problems)}); unpatch first, or load under another name"
-        )
-
-
 @torch.no_grad()
-def _copy_in(path: Path, sites: Sequence[Site], adapter_name: str) -> None:
-    wanted = adapter_tensors(sites, adapter_name)
+def _copy_in(path: Path, wanted: dict[str, Tensor]) -> None:
     with open_safetensors(path) as file:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
         problems = []
         missing = [key for key in wanted if key not in shapes]
         if missing:
-            problems.append(f"missing keys: {_some(missing)}")
+            problems.append(f"missing keys: {some(missing)}")
         unexpected = [key for key in shapes if key not in wanted]
         if unexpected:
-            problems.append(f"unexpected keys: {_some(unexpected)}")
+            problems.append(f"unexpected keys: {some(unexpected)}")
         wrong = [
             f"{key} (file {list(shapes[key])}, model {list(tensor.shape)})"
             for key, tensor in wanted.items()
             if key in shapes and shapes[key] != tuple(tensor.shape)
         ]
         if wrong:
-            problems.append(f"shapes differ: {_some(wrong)}")
+            problems.append(f"shapes differ: {some(wrong)}")
         if problems:
             raise ValueError(
                 f"{path} does not fit this model; nothing was loaded. " + "; ".join(problems)
@@ -265,18 +235,13 @@ def _copy_in(path: Path, sites: Sequence[Site], adapter_name: str) -> None:
                 narrowed.append(f"{key} ({value.dtype} to {tensor.dtype})")
             tensor.copy_(value)
     if narrowed:
-        logger.warning("%s: values were rounded on loading: %s", path, _some(narrowed))
+        logger.warning("%s: values were rounded on loading: %s", path, some(narrowed))
 
 
-def _some(items: Sequence[str]) -> str:
-    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-    return ", ".join(items[:_SHOWN]) + more
-
-
-def _card(fields: dict[str, Any]) -> str:
+def _card(fields: dict[str, Any], summary: str) -> str:
     base = fields["base_model_name_or_path"]
+    kind = fields["peft_type"].lower()
     lines = ["---", *([f"base_model: {base}"] if base else []), "library_name: peft"]
-    lines += ["tags:", "- lora", "---", "", "# LoRA adapter", ""]
-    lines.append(f"Rank {fields['r']}, alpha {fields['lora_alpha']}. Load it with")
+    lines += ["tags:", f"- {kind}", "---", "", "# Adapter", "", f"{summary} Load it with"]
     lines.append("`peft.PeftModel.from_pretrained` or `peftkern.load_adapter`.")
     return "\n".join(lines) + "\n"

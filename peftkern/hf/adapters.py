@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from torch import nn
 
 from peftkern.nn.adapter import AdapterLayer, adapter_layers
-from peftkern.nn.lora import LoRALinear
 from peftkern.nn.saved import TrainableCopy
 
 
@@ -54,15 +53,14 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], trainable: bool = 
     for name in chosen:
         if name not in known:
             raise ValueError(f"names: no adapter {name!r}; there are: {', '.join(known)}")
-    merged = [path for path, layer in layers if isinstance(layer, LoRALinear) and layer.merged]
+    merged = [path for path, layer in layers if layer.merged]
     if merged:
         raise RuntimeError(
             f"adapters are merged into {len(merged)} layers ({merged[0]}, ...); call "
             "peftkern.unmerge(model) first"
         )
     for _, layer in layers:  # these can refuse, so ask before anything changes elsewhere
-        if isinstance(layer, TrainableCopy):
-            layer.check(chosen)
+        layer.check(chosen)
     for _, layer in layers:
         layer.set_adapter(chosen, trainable)
 
@@ -88,7 +86,7 @@ def merge(
             is then as before the call.
         RuntimeError: adapters are merged already.
     """
-    layers = [(p, m) for p, m in adapter_layers_of(model) if isinstance(m, LoRALinear)]
+    layers = adapter_layers_of(model)
     known = known_adapters(model)
     for name in adapter_names or ():
         if name not in known:
@@ -97,12 +95,12 @@ def merge(
     if already:
         raise RuntimeError(f"adapters are merged already ({already[0]}, ...); unmerge first")
     errors: dict[str, float] = {}
-    done: list[LoRALinear] = []
+    done: list[AdapterLayer] = []
     try:
         for path, layer in layers:
             names = layer.active_adapters if adapter_names is None else adapter_names
-            here = [name for name in names if name in layer.lora_A]
-            if not here:
+            here = [name for name in names if name in layer.adapter_names]
+            if not here or isinstance(layer, TrainableCopy):
                 continue
             try:
                 errors[path] = layer.merge(here, max_error)
@@ -124,8 +122,7 @@ def unmerge(model: nn.Module) -> None:
         model: a patched model; layers without a merge are left alone.
     """
     for _, layer in adapter_layers_of(model):
-        if isinstance(layer, LoRALinear):
-            layer.unmerge()
+        layer.unmerge()
 
 
 @contextmanager
@@ -141,11 +138,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     """
     layers = [layer for _, layer in adapter_layers_of(model)]
     before = [layer.disable_adapters for layer in layers]
-    merged = [
-        (layer, list(layer.merged_adapters))
-        for layer in layers
-        if isinstance(layer, LoRALinear) and layer.merged
-    ]
+    merged = [(layer, list(layer.merged_adapters)) for layer in layers if layer.merged]
     try:
         for linear, _ in merged:
             linear.unmerge()

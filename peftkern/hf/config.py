@@ -1,15 +1,17 @@
-"""What to adapt and how: ``LoRAConfig``, with PEFT's field names."""
+"""What every configuration says: which modules, what is trained beside them, how the base is kept.
+
+A method's own configuration derives from :class:`AdapterConfig`, or from :class:`TargetedConfig`
+where the method sits on chosen linear layers, and lives in ``peftkern/hf/methods/<kind>.py``.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import torch
-
-from peftkern.nn.lora import INITIALISATIONS
 
 ALL_LINEAR = "all-linear"
 QUANT_TYPES = ("nf4", "fp4", "int8")
@@ -23,57 +25,42 @@ TASK_HEADS: dict[str, tuple[str, ...]] = {
 }
 TASK_TYPES = (*TASK_HEADS, "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
 
+# Fields that say how the model keeps the base; no adapter file speaks of them.
+BASE_OPTIONS = (
+    "quantize",
+    "blocksize",
+    "double_quant",
+    "quantize_modules",
+    "adapter_dtype",
+    "keep_original",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
-class LoRAConfig:
-    """Low-rank adapters on linear layers, optionally over a quantized base.
+class AdapterConfig:
+    """What the configuration of every method has.
 
     Args:
-        r: rank of the updates.
-        lora_alpha: numerator of the scaling lora_alpha / r.
-        lora_dropout: dropout on the adapters' input, in [0, 1).
-        target_modules: ``"all-linear"`` (every linear layer but the output embedding or head), a
-            list of names (whole path, or its last parts), or one regular expression that must
-            match the whole path.
-        exclude_modules: names or a regular expression of what to leave alone.
-        rank_pattern: other ranks, by regular expression on the end of the path.
-        alpha_pattern: other lora_alpha, in the same way.
         modules_to_save: names of modules to train in full beside the adapters.
-        layers_to_transform: only layers with these numbers (with a list of target names).
-        layers_pattern: name of the list that holds the layers, where the number is ambiguous.
         task_type: PEFT's task type; classification types add their head to modules_to_save.
-        use_rslora: scaling lora_alpha / sqrt(r).
-        init_lora_weights: True, ``"gaussian"`` or False; see :class:`peftkern.nn.LoRALinear`.
         quantize: ``None``, ``"nf4"``, ``"fp4"`` or ``"int8"``: format of the frozen base.
         blocksize: 4-bit weights that share one absmax.
         double_quant: 4-bit: quantize the absmax values as well.
-        quantize_modules: what to quantize, written like target_modules; the targets when left out.
-        adapter_dtype: dtype of A and B.
+        quantize_modules: what to quantize: ``"all-linear"``, a list of names, or one regular
+            expression on the whole path; the method's own choice when left out.
+        adapter_dtype: dtype of the trained tensors.
         keep_original: where the original weights of quantized layers wait for ``unpatch``:
             ``"disk"`` (an unnamed temporary file), ``"ram"``, or False (they are given up).
 
     Raises:
         TypeError: a field of the wrong type.
         ValueError: a field out of range.
-
-    Example:
-        >>> LoRAConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"], quantize="nf4").r
-        16
     """
 
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
-    target_modules: str | Sequence[str] = ALL_LINEAR
-    exclude_modules: str | Sequence[str] | None = None
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    kind: ClassVar[str]  # the method: peftkern/hf/methods/<kind>.py
+
     modules_to_save: Sequence[str] | None = None
-    layers_to_transform: int | Sequence[int] | None = None
-    layers_pattern: str | Sequence[str] | None = None
     task_type: str | None = None
-    use_rslora: bool = False
-    init_lora_weights: bool | str = True
     quantize: str | None = None
     blocksize: int = 64
     double_quant: bool = True
@@ -82,21 +69,16 @@ class LoRAConfig:
     keep_original: str | bool = "disk"
 
     def __post_init__(self) -> None:
-        self._check_numbers()
-        for name in ("target_modules", "exclude_modules", "quantize_modules"):
-            object.__setattr__(self, name, _names(name, getattr(self, name)))
-        if not self.target_modules:
-            raise ValueError(
-                "target_modules: empty; give names, a regular expression, or 'all-linear'"
-            )
-        saved = _names("modules_to_save", self.modules_to_save)
+        object.__setattr__(
+            self, "quantize_modules", names("quantize_modules", self.quantize_modules)
+        )
+        saved = names("modules_to_save", self.modules_to_save)
         if isinstance(saved, str):
             raise TypeError(
                 f"modules_to_save: expected a list of names, got the string {saved!r}; "
                 f"write [{saved!r}]"
             )
         object.__setattr__(self, "modules_to_save", saved)
-        self._check_layers()
         self._check_quantization()
         if self.task_type is not None and self.task_type not in TASK_TYPES:
             raise ValueError(
@@ -106,39 +88,6 @@ class LoRAConfig:
             raise ValueError(
                 f"adapter_dtype: got {self.adapter_dtype}, expected float32, bfloat16 or float16"
             )
-        if self.init_lora_weights not in INITIALISATIONS:
-            raise ValueError(
-                f"init_lora_weights: got {self.init_lora_weights!r}, expected True, False or "
-                "'gaussian'"
-            )
-
-    def _check_numbers(self) -> None:
-        _positive_int("r", self.r)
-        _positive("lora_alpha", self.lora_alpha)
-        if not _is_number(self.lora_dropout) or not 0.0 <= self.lora_dropout < 1.0:
-            raise ValueError(
-                f"lora_dropout: expected a number in [0, 1), got {self.lora_dropout!r}"
-            )
-        for name, check in (("rank_pattern", _positive_int), ("alpha_pattern", _positive)):
-            patterns = getattr(self, name)
-            if not isinstance(patterns, Mapping):
-                raise TypeError(f"{name}: expected a dict, got {type(patterns).__name__}")
-            for key, value in patterns.items():
-                _compiles(f"{name} key", key)
-                check(f"{name}[{key!r}]", value)
-            object.__setattr__(self, name, dict(patterns))
-
-    def _check_layers(self) -> None:
-        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            raise ValueError(
-                "layers_to_transform: works with a list of target_modules; put the layer numbers "
-                "into the regular expression instead"
-            )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern: needs layers_to_transform")
-        layers = self.layers_to_transform
-        if layers is not None and not isinstance(layers, int):
-            object.__setattr__(self, "layers_to_transform", tuple(int(n) for n in layers))
 
     def _check_quantization(self) -> None:
         if self.quantize is not None and self.quantize not in QUANT_TYPES:
@@ -172,12 +121,53 @@ class LoRAConfig:
         return out
 
 
-def _names(label: str, value: Any) -> str | tuple[str, ...] | None:
+@dataclass(frozen=True, kw_only=True)
+class TargetedConfig(AdapterConfig):
+    """Configuration of a method that sits on chosen linear layers.
+
+    Args:
+        target_modules: ``"all-linear"`` (every linear layer but the output embedding or head), a
+            list of names (whole path, or its last parts), or one regular expression that must
+            match the whole path.
+        exclude_modules: names or a regular expression of what to leave alone.
+        layers_to_transform: only layers with these numbers (with a list of target names).
+        layers_pattern: name of the list that holds the layers, where the number is ambiguous.
+    """
+
+    target_modules: str | Sequence[str] = ALL_LINEAR
+    exclude_modules: str | Sequence[str] | None = None
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("target_modules", "exclude_modules"):
+            object.__setattr__(self, name, names(name, getattr(self, name)))
+        if not self.target_modules:
+            raise ValueError(
+                "target_modules: empty; give names, a regular expression, or 'all-linear'"
+            )
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError(
+                "layers_to_transform: works with a list of target_modules; put the layer numbers "
+                "into the regular expression instead"
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern: needs layers_to_transform")
+        layers = self.layers_to_transform
+        if layers is not None and not isinstance(layers, int):
+            object.__setattr__(self, "layers_to_transform", tuple(int(n) for n in layers))
+
+
+def names(label: str, value: Any) -> str | tuple[str, ...] | None:
     if value is None:
         return None
     if isinstance(value, str):
         if value != ALL_LINEAR:
-            _compiles(label, value)
+            compiles(label, value)
         return value
     if not isinstance(value, Sequence | set | frozenset):
         raise TypeError(
@@ -190,7 +180,7 @@ def _names(label: str, value: Any) -> str | tuple[str, ...] | None:
     return names
 
 
-def _compiles(label: str, pattern: Any) -> None:
+def compiles(label: str, pattern: Any) -> None:
     if not isinstance(pattern, str):
         raise TypeError(f"{label}: expected a string, got {type(pattern).__name__}")
     try:
@@ -202,15 +192,25 @@ def _compiles(label: str, pattern: Any) -> None:
         ) from error
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _positive(label: str, value: Any) -> None:
-    if not _is_number(value) or not value > 0:
+def positive(label: str, value: Any) -> None:
+    if not is_number(value) or not value > 0:
         raise ValueError(f"{label}: expected a positive number, got {value!r}")
 
 
-def _positive_int(label: str, value: Any) -> None:
+def positive_int(label: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{label}: expected a positive integer, got {value!r}")
+
+
+def check_patterns(label: str, patterns: Any, check: Callable[[str, Any], None]) -> dict[str, Any]:
+    """A dict from regular expressions to values that ``check(label, value)`` accepts."""
+    if not isinstance(patterns, Mapping):
+        raise TypeError(f"{label}: expected a dict, got {type(patterns).__name__}")
+    for key, value in patterns.items():
+        compiles(f"{label} key", key)
+        check(f"{label}[{key!r}]", value)
+    return dict(patterns)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from peftkern.hf.adapters import set_adapter
 from peftkern.hf.checkpointing import watch_input_embeddings
-from peftkern.hf.config import LoRAConfig
+from peftkern.hf.config import AdapterConfig
 from peftkern.hf.planning import Step, make_plan
 from peftkern.hf.report import (
     PatchReport,
@@ -24,8 +23,7 @@ from peftkern.hf.report import (
 from peftkern.hf.rules import rule_for
 from peftkern.hf.undo import Added, UndoLog
 from peftkern.nn import Linear4bit, Linear8bit
-from peftkern.nn.adapter import check_adapter_name
-from peftkern.nn.lora import LoRALinear
+from peftkern.nn.adapter import AdapterLayer, adapter_layers, check_adapter_name
 from peftkern.nn.quantized import QuantizedLinear
 from peftkern.nn.saved import TrainableCopy
 
@@ -41,7 +39,7 @@ class Note:
 
     name: str
     was: str
-    kind: str
+    acted: bool
     r: int
     reason: str
     asked: bool
@@ -52,7 +50,7 @@ class Note:
 class Applied:
     """One adapter's share of a patched model."""
 
-    config: LoRAConfig
+    config: AdapterConfig
     notes: list[Note]
     log: UndoLog
 
@@ -89,16 +87,15 @@ class PatchHandle:
 
     def _row(self, note: Note, adapter_name: str) -> Row:
         module = self.model.get_submodule(note.name)
-        base = module.base_layer if isinstance(module, LoRALinear) else module
+        base = getattr(module, "base_layer", module) if isinstance(module, AdapterLayer) else module
         form = base.quantized.quant_type if isinstance(base, QuantizedLinear) else "dense"
-        acted = note.kind != ""
         return Row(
             name=note.name,
             was=note.was,
-            now=type(module).__name__ if acted else "",
+            now=type(module).__name__ if note.acted else "",
             format=form,
             r=note.r,
-            kernel=serving_kernel(module, adapter_name) if acted else "",
+            kernel=serving_kernel(module, adapter_name) if note.acted else "",
             reason=note.reason,
             asked=note.asked,
             done=not note.refused,
@@ -122,9 +119,8 @@ class PatchHandle:
                 f"their original weights are gone ({lost[0]}, ...); load the model again, or "
                 "patch with keep_original='disk' next time"
             )
-        for module in self.model.modules():
-            if isinstance(module, LoRALinear):
-                module.unmerge()
+        for _, layer in adapter_layers(self.model.named_modules()):
+            layer.unmerge()
         for applied in reversed(self.adapters.values()):
             applied.log.rollback()
         self.adapters.clear()
@@ -151,7 +147,7 @@ class PatchHandle:
 
 def patch(
     model: nn.Module,
-    config: LoRAConfig,
+    config: AdapterConfig,
     adapter_name: str = "default",
     strict: bool = False,
     progress: Progress | None = None,
@@ -165,7 +161,7 @@ def patch(
 
     Args:
         model: any ``nn.Module``; Hugging Face models tell their head and embeddings themselves.
-        config: what to adapt and how.
+        config: what to adapt and how: :class:`LoRAConfig` or another method's configuration.
         adapter_name: name of the adapter.
         strict: raise when a module that was asked for cannot be patched as asked, instead of
             logging it and saying why in the report.
@@ -175,11 +171,12 @@ def patch(
         The handle: ``handle.report()`` and ``handle.unpatch()``.
 
     Raises:
-        TypeError: ``config`` is not a :class:`LoRAConfig`, or ``model`` no module.
+        TypeError: ``config`` is no configuration of peftkern, or ``model`` no module.
         ValueError: names match nothing, the adapter exists, nothing can be adapted, weights are
             not finite (when quantizing), or, with ``strict``, something was refused.
 
     Example:
+        >>> from peftkern import LoRAConfig
         >>> net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8))
         >>> handle = patch(net, LoRAConfig(r=4, target_modules=["0"]))
         >>> handle.report().trainable
@@ -191,7 +188,7 @@ def patch(
 
 def apply_config(
     model: nn.Module,
-    config: LoRAConfig,
+    config: AdapterConfig,
     adapter_name: str,
     strict: bool = False,
     progress: Progress | None = None,
@@ -200,8 +197,11 @@ def apply_config(
     """:func:`patch`; with ``every_name=False`` single target names may match nothing."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(config, LoRAConfig):
-        raise TypeError(f"config: expected peftkern.LoRAConfig, got {type(config).__name__}")
+    if not isinstance(config, AdapterConfig):
+        raise TypeError(
+            "config: expected peftkern.LoRAConfig or another configuration of peftkern, got "
+            f"{type(config).__module__}.{type(config).__name__}"
+        )
     check_adapter_name(adapter_name)
     _check_not_below(model)
     handle = handle_of(model)
@@ -209,7 +209,7 @@ def apply_config(
         raise ValueError(
             f"adapter_name: {adapter_name!r} exists already; choose another name, or unpatch first"
         )
-    merged = [n for n, m in model.named_modules() if isinstance(m, LoRALinear) and m.merged]
+    merged = [name for name, layer in adapter_layers(model.named_modules()) if layer.merged]
     if merged:
         raise RuntimeError(
             f"adapters are merged into {len(merged)} layers ({merged[0]}, ...); call "
@@ -226,7 +226,8 @@ def apply_config(
     try:
         _apply(model, config, adapter_name, plan, log, progress)
         if fresh:
-            log.hooks.extend(watch_input_embeddings(model))
+            for hook in watch_input_embeddings(model):
+                log.on_rollback(hook.remove)
     except BaseException as error:
         _roll_back_failed(log, error)
         raise
@@ -272,9 +273,14 @@ def _check_not_below(model: nn.Module) -> None:
 
 
 def _note(step: Step) -> Note:
-    kind = "copy" if step.copy else "lora" if step.adapt else "quantize" if step.quantize else ""
     return Note(
-        step.site.name, step.was, kind, step.r, "; ".join(step.reasons), step.asked, step.refused
+        step.site.name,
+        step.was,
+        step.acts,
+        step.r,
+        "; ".join(step.reasons),
+        step.asked,
+        step.refused,
     )
 
 
@@ -290,7 +296,7 @@ def _roll_back_failed(log: UndoLog, error: BaseException) -> None:
 
 def _apply(
     model: nn.Module,
-    config: LoRAConfig,
+    config: AdapterConfig,
     adapter_name: str,
     plan: list[Step],
     log: UndoLog,
@@ -310,7 +316,7 @@ def _apply(
     set_adapter(model, adapter_name)
 
 
-def _apply_step(step: Step, config: LoRAConfig, adapter_name: str, log: UndoLog) -> None:
+def _apply_step(step: Step, config: AdapterConfig, adapter_name: str, log: UndoLog) -> None:
     module = step.site.module
     if step.copy:
         if isinstance(module, TrainableCopy):
@@ -318,39 +324,26 @@ def _apply_step(step: Step, config: LoRAConfig, adapter_name: str, log: UndoLog)
             module.add_adapter(adapter_name)
         else:
             log.replace(module, TrainableCopy(module, adapter_name), step.site.slots)
-        return
-    if isinstance(module, LoRALinear):
+    elif step.extend is not None:
+        assert isinstance(module, AdapterLayer)
         log.added.append(Added(module, adapter_name))
-        module.add_adapter(adapter_name, **_lora_arguments(step, config))
-        return
-    base = _base_for(step, config)
-    current = base
-    if step.adapt:
-        arguments = _lora_arguments(step, config)
-        current = LoRALinear(base, adapter_name=adapter_name, **arguments)
-    log.replace(module, current, step.site.slots)
-    if step.quantize:
-        log.park(module, base, config.keep_original, step.site.name)
-
-
-def _lora_arguments(step: Step, config: LoRAConfig) -> dict[str, Any]:
-    return {
-        "r": step.r,
-        "lora_alpha": step.alpha,
-        "lora_dropout": config.lora_dropout,
-        "use_rslora": config.use_rslora,
-        "init_lora_weights": config.init_lora_weights,
-        "lora_dtype": config.adapter_dtype,
-    }
+        step.extend()
+    elif step.wrap is not None or step.quantize:
+        base = _base_for(step, config)
+        current = base if step.wrap is None else step.wrap(base)
+        log.replace(module, current, step.site.slots)
+        if step.quantize:
+            log.park(module, base, config.keep_original, step.site.name)
+    if step.act is not None:
+        step.act(log)
 
 
 @torch.no_grad()
-def _base_for(step: Step, config: LoRAConfig) -> nn.Module:
+def _base_for(step: Step, config: AdapterConfig) -> nn.Module:
     module = step.site.module
     if not step.quantize:
         rule = rule_for(module)
-        assert rule is not None
-        return rule.base(module)
+        return module if rule is None else rule.base(module)
     if config.quantize == "int8":
         return Linear8bit.from_linear(module)
     assert config.quantize is not None

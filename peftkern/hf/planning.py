@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from peftkern.hf.config import ALL_LINEAR, LoRAConfig
+from peftkern.hf.config import ALL_LINEAR, AdapterConfig, TargetedConfig
+from peftkern.hf.methods import method_of
 from peftkern.hf.rules import is_foreign_adapter, rule_for, why_unknown
 from peftkern.hf.targets import (
     Choice,
     Site,
-    by_pattern,
     choose,
     is_linear_like,
     near_names,
@@ -21,7 +21,8 @@ from peftkern.hf.targets import (
     survey,
     unmatched,
 )
-from peftkern.nn.lora import LoRALinear
+from peftkern.hf.undo import UndoLog
+from peftkern.nn.adapter import AdapterLayer
 from peftkern.nn.quantized import QuantizedLinear
 from peftkern.nn.saved import TrainableCopy
 
@@ -35,11 +36,12 @@ class Step:
     Args:
         site: the module and its places.
         was: class name of the original.
-        adapt: it gets an adapter.
+        wrap: makes the module that takes this one's place from it, or from its quantized form.
+        extend: adds an adapter to the adapter layer that stands here already.
+        act: anything else; what it changes it notes in the log.
         copy: it gets a trainable copy.
         quantize: its weight is quantized.
-        r: rank of the adapter.
-        alpha: lora_alpha of the adapter.
+        r: rank, or width, of the adapter.
         reasons: why something asked for is not done, or why nothing was asked for.
         asked: whether the configuration asked for something.
         refused: whether something asked for is not done.
@@ -47,19 +49,25 @@ class Step:
 
     site: Site
     was: str
-    adapt: bool = False
+    wrap: Callable[[nn.Module], nn.Module] | None = None
+    extend: Callable[[], object] | None = None
+    act: Callable[[UndoLog], object] | None = None
     copy: bool = False
     quantize: bool = False
     r: int = 0
-    alpha: float = 0.0
     reasons: list[str] = field(default_factory=list)
     asked: bool = False
     refused: bool = False
 
     @property
+    def adapts(self) -> bool:
+        """Whether the module gets an adapter."""
+        return self.wrap is not None or self.extend is not None or self.act is not None
+
+    @property
     def acts(self) -> bool:
         """Whether anything happens at all."""
-        return self.adapt or self.copy or self.quantize
+        return self.adapts or self.copy or self.quantize
 
     def refuse(self, reason: str) -> None:
         """Note that something asked for is not done."""
@@ -67,8 +75,75 @@ class Step:
         self.reasons.append(reason)
 
 
+class Planning:
+    """The steps while they are being decided, one for each module of the model.
+
+    Args:
+        model: the model; it is only read.
+        adapter_name: name of the adapter to add.
+        sites: its modules with their places.
+    """
+
+    def __init__(self, model: nn.Module, adapter_name: str, sites: list[Site]) -> None:
+        self.model = model
+        self.adapter_name = adapter_name
+        self.sites = sites
+        self._steps = {id(s.module): Step(s, _original_class(s.module)) for s in sites}
+
+    @property
+    def steps(self) -> list[Step]:
+        """All steps, in the model's order."""
+        return [self._steps[id(site.module)] for site in self.sites]
+
+    def step(self, module: nn.Module) -> Step:
+        """The step of a module of the model."""
+        return self._steps[id(module)]
+
+    def targets(self, config: TargetedConfig) -> list[Choice]:
+        """The modules that target_modules speaks of, and other linear layers with the reason."""
+        return choose(self.model, self.sites, config.target_modules, config)
+
+    def adaptable(self, choice: Choice, layer: type[AdapterLayer]) -> Step | None:
+        """The step of a target that can carry an adapter ``layer``; else the reason is noted.
+
+        Raises:
+            ValueError: it carries an adapter of this name already.
+        """
+        step = self.step(choice.site.module)
+        module, name = step.site.module, step.site.name
+        if step.copy or step.reasons:
+            return None
+        if not choice.wanted:
+            step.reasons.append(choice.reason or "")
+            return None
+        step.asked = True
+        if isinstance(module, layer):
+            if self.adapter_name in module.adapter_names:
+                raise ValueError(_exists(self.adapter_name, name))
+        elif (refusal := _why_not_adapted(module)) is not None:
+            step.refuse(refusal)
+            return None
+        if step.site.aliases:
+            step.reasons.append(f"one adapter serves also {', '.join(step.site.aliases)}")
+        return step
+
+
+def _why_not_adapted(module: nn.Module) -> str | None:
+    if isinstance(module, TrainableCopy):
+        return "is trained in full by another adapter"
+    if isinstance(module, AdapterLayer):
+        return f"carries an adapter of another kind already ({type(module).__name__})"
+    if is_foreign_adapter(module):
+        return (
+            f"is an adapter layer of another library ({type(module).__module__}); patch the model "
+            "before that library wraps it, or unload its adapters"
+        )
+    rule = rule_for(module)
+    return why_unknown(module) if rule is None else rule.refusal(module)
+
+
 def make_plan(
-    model: nn.Module, config: LoRAConfig, adapter_name: str, *, every_name: bool = True
+    model: nn.Module, config: AdapterConfig, adapter_name: str, *, every_name: bool = True
 ) -> list[Step]:
     """One step for each module that the configuration speaks of, and for each other linear layer.
 
@@ -88,34 +163,30 @@ def make_plan(
             "adapter; wrap it, for example in torch.nn.Sequential"
         )
     _check_names(config, sites, every_name)
-    steps = {id(site.module): Step(site, _original_class(site.module)) for site in sites}
-    _plan_copies(steps, sites, config, adapter_name)
-    targets = choose(model, sites, config.target_modules, config)
-    for choice in targets:
-        _plan_adapter(steps[id(choice.site.module)], choice, config, adapter_name)
+    planning = Planning(model, adapter_name, sites)
+    _plan_copies(planning, config)
+    targets = method_of(config).plan(planning, config)
     if config.quantize is not None:
-        _plan_quantization(model, steps, sites, targets, config)
+        _plan_quantization(planning, targets, config)
     plan = []
-    for site in sites:
-        step = steps[id(site.module)]
-        if not step.asked and not step.reasons and is_linear_like(site.module):
+    for step in planning.steps:
+        if not step.asked and not step.reasons and is_linear_like(step.site.module):
             step.reasons.append("not among target_modules")
         if step.acts or step.reasons:
             plan.append(step)
-    if not any(step.adapt for step in plan):
+    if not any(step.adapts for step in plan):
         raise ValueError(_nothing(config, plan, sites))
-    _check_patterns(config, plan)
     return plan
 
 
 def _original_class(module: nn.Module) -> str:
-    inner = getattr(module, "base_layer", None) if isinstance(module, LoRALinear) else None
+    inner = getattr(module, "base_layer", None) if isinstance(module, AdapterLayer) else None
     return type(inner if inner is not None else module).__name__
 
 
-def _check_names(config: LoRAConfig, sites: Sequence[Site], every_name: bool) -> None:
+def _check_names(config: AdapterConfig, sites: Sequence[Site], every_name: bool) -> None:
     for label in ("target_modules", "quantize_modules"):
-        spec = getattr(config, label)
+        spec = getattr(config, label, None)
         if spec is None or spec == ALL_LINEAR:
             continue
         lost = unmatched(spec, sites)
@@ -131,90 +202,43 @@ def _check_names(config: LoRAConfig, sites: Sequence[Site], every_name: bool) ->
             raise ValueError(
                 f"modules_to_save: no module's path ends with {name!r}; the model's parts: {tops}"
             )
-    if config.exclude_modules:
-        for name in unmatched(config.exclude_modules, sites):
+    exclude = getattr(config, "exclude_modules", None)
+    if exclude:
+        for name in unmatched(exclude, sites):
             logger.warning("exclude_modules: %r matches no module", name)
 
 
-def _check_patterns(config: LoRAConfig, plan: Sequence[Step]) -> None:
-    adapted = [step.site.name for step in plan if step.adapt]
-    for label in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(config, label):
-            if not any(by_pattern({pattern: True}, name, False) for name in adapted):
-                logger.warning("%s: %r matches no adapted module", label, pattern)
-
-
-def _plan_copies(
-    steps: dict[int, Step], sites: Sequence[Site], config: LoRAConfig, adapter_name: str
-) -> None:
+def _plan_copies(planning: Planning, config: AdapterConfig) -> None:
     taken: list[str] = []
-    for site in sites:
+    for site in planning.sites:
         if not any(saved_by(config.saved_names, name) for name in site.names):
             continue
         if any(site.name.startswith(f"{path}.") for path in taken):
             continue
-        if isinstance(site.module, LoRALinear) or is_foreign_adapter(site.module):
+        module = site.module
+        if isinstance(module, TrainableCopy):
+            if planning.adapter_name in module.adapter_names:
+                raise ValueError(_exists(planning.adapter_name, site.name))
+        elif isinstance(module, AdapterLayer) or is_foreign_adapter(module):
             raise ValueError(
                 f"modules_to_save: {site.name} carries an adapter already and cannot also be "
                 "trained in full"
             )
-        if isinstance(site.module, TrainableCopy) and adapter_name in site.module.adapter_names:
-            raise ValueError(_exists(adapter_name, site.name))
-        step = steps[id(site.module)]
+        step = planning.step(module)
         step.copy = step.asked = True
         taken.append(site.name)
 
 
-def _plan_adapter(step: Step, choice: Choice, config: LoRAConfig, adapter_name: str) -> None:
-    module, name = step.site.module, step.site.name
-    if step.copy or any(step.reasons):
-        return
-    if not choice.wanted:
-        step.reasons.append(choice.reason or "")
-        return
-    step.asked = True
-    if isinstance(module, LoRALinear):
-        if adapter_name in module.lora_A:
-            raise ValueError(_exists(adapter_name, name))
-    elif isinstance(module, TrainableCopy):
-        return step.refuse("is trained in full by another adapter")
-    elif is_foreign_adapter(module):
-        return step.refuse(
-            f"is an adapter layer of another library ({type(module).__module__}); patch the model "
-            "before that library wraps it, or unload its adapters"
-        )
-    else:
-        rule = rule_for(module)
-        if rule is None:
-            return step.refuse(why_unknown(module))
-        refusal = rule.refusal(module)
-        if refusal is not None:
-            return step.refuse(refusal)
-    step.adapt = True
-    step.r = by_pattern(config.rank_pattern, name, config.r)
-    step.alpha = by_pattern(config.alpha_pattern, name, config.lora_alpha)
-    if step.site.aliases:
-        step.reasons.append(f"one adapter serves also {', '.join(step.site.aliases)}")
-    return None
-
-
-def _plan_quantization(
-    model: nn.Module,
-    steps: dict[int, Step],
-    sites: Sequence[Site],
-    targets: Sequence[Choice],
-    config: LoRAConfig,
-) -> None:
-    owners = _weight_owners(sites)
-    if config.quantize_modules is None:
-        wanted = [choice.site for choice in targets if choice.wanted]
-    else:
-        chosen = choose(model, sites, config.quantize_modules, config)
+def _plan_quantization(planning: Planning, targets: Sequence[Site], config: AdapterConfig) -> None:
+    owners = _weight_owners(planning.sites)
+    wanted = list(targets)
+    if config.quantize_modules is not None:
+        chosen = choose(planning.model, planning.sites, config.quantize_modules, config)
         wanted = [choice.site for choice in chosen if choice.wanted]
-    keep = _kept_wide(model)
+    keep = _kept_wide(planning.model)
     for site in wanted:
-        step = steps[id(site.module)]
-        if step.copy or (step.refused and not step.adapt):
+        step = planning.step(site.module)
+        if step.copy or (step.refused and not step.adapts):
             continue
         reason = _why_not_quantized(site, config, owners, keep)
         if reason is None:
@@ -225,15 +249,15 @@ def _plan_quantization(
 
 
 def _why_not_quantized(
-    site: Site, config: LoRAConfig, owners: dict[int, list[str]], keep: Sequence[str]
+    site: Site, config: AdapterConfig, owners: dict[int, list[str]], keep: Sequence[str]
 ) -> str | None:
     """None: quantize it; "": it is in that format already; else why not."""
     module = site.module
-    inner = module.base_layer if isinstance(module, LoRALinear) else module
+    inner = getattr(module, "base_layer", module) if isinstance(module, AdapterLayer) else module
     if isinstance(inner, QuantizedLinear):
         have = inner.quantized.quant_type
         return "" if have == config.quantize else f"its base is {have} already"
-    if isinstance(module, LoRALinear):
+    if isinstance(module, AdapterLayer):
         return "it carries an adapter over a dense base already"
     rule = rule_for(module)
     if rule is None:
@@ -273,12 +297,11 @@ def _exists(adapter_name: str, path: str) -> str:
     )
 
 
-def _nothing(config: LoRAConfig, plan: Sequence[Step], sites: Sequence[Site]) -> str:
+def _nothing(config: AdapterConfig, plan: Sequence[Step], sites: Sequence[Site]) -> str:
     reasons = [f"{s.site.name}: {'; '.join(s.reasons)}" for s in plan if s.reasons]
     shown = "\n  ".join(reasons[:10])
     more = f"\n  ... and {len(reasons) - 10} more" if len(reasons) > 10 else ""
     detail = f"\n  {shown}{more}" if reasons else " (it has no linear layers)"
-    return (
-        f"target_modules={config.target_modules!r} leaves nothing to adapt among "
-        f"{len(sites)} modules:{detail}"
-    )
+    targets = getattr(config, "target_modules", None)
+    wish = type(config).__name__ if targets is None else f"target_modules={targets!r}"
+    return f"{wish} leaves nothing to adapt among {len(sites)} modules:{detail}"

@@ -7,12 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from peftkern import registry
-from peftkern.nn.lora import LoRALinear
+from peftkern.nn.adapter import TORCH, AdapterLayer
 from peftkern.nn.quantized import QuantizedLinear
-from peftkern.nn.structure import dense_weight, features
 
 
 @dataclass(frozen=True)
@@ -134,15 +133,18 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 
 def serving_kernel(module: nn.Module, adapter_name: str) -> str:
     """Which backend serves a module on its device and dtype, and why not a faster one."""
-    if not isinstance(module, LoRALinear | QuantizedLinear):
+    if isinstance(module, AdapterLayer):
+        if adapter_name not in module.adapter_names:
+            base = getattr(module, "base_layer", None)
+            return "torch" if base is None else serving_kernel(base, adapter_name)
+        call = module.example_call(adapter_name)
+        if isinstance(call, str):
+            return "torch" if call == TORCH else f"torch, {call}"
+    elif isinstance(module, QuantizedLinear):
+        call = _quantized_call(module)
+    else:
         return "torch"
-    if isinstance(module, LoRALinear):
-        if adapter_name not in module.lora_A:
-            return serving_kernel(module.base_layer, adapter_name)
-        reason = module.why_not_fused(adapter_name)
-        if reason is not None:
-            return f"torch, not fused: {reason}"
-    op, args = _example_call(module, adapter_name)
+    op, args = call
     device = args[0].device.type
     if device == "meta":
         return "none yet (meta device)"
@@ -153,24 +155,10 @@ def serving_kernel(module: nn.Module, adapter_name: str) -> str:
     return f"{op}: " + "; ".join(f"{backend} not used: {reason}" for backend, reason in offers)
 
 
-def _example_call(module: nn.Module, adapter_name: str) -> tuple[str, tuple[Any, ...]]:
-    """An op and arguments as a forward pass of this module would give them (8 rows)."""
-    base = module.base_layer if isinstance(module, LoRALinear) else module
-    inner, outer = features(base)
-    bias = base._parameters.get("bias")
-    frozen: tuple[Tensor | None, ...]
-    if isinstance(base, QuantizedLinear):
-        q = base.quantized
-        frozen, kind, blocksize = (q.weight, *q.statistics()), q.quant_type, q.blocksize
-        dtype, device = q.dtype, q.device
-    else:
-        weight = dense_weight(base)
-        frozen, kind, blocksize = (weight, None, None, None), "dense", 0
-        dtype, device = weight.dtype, weight.device
-    x = torch.empty(8, inner, dtype=dtype, device=device)
-    if isinstance(module, LoRALinear):
-        low_rank = (*module.factors(adapter_name), module.scaling[adapter_name], 0.0, None)
-        return "lora_linear", (x, *frozen, kind, blocksize, outer, bias, *low_rank)
-    if kind == "int8":
-        return "linear_8bit", (x, frozen[0], frozen[1], bias)
-    return "linear_4bit", (x, *frozen, kind, blocksize, outer, bias)
+def _quantized_call(module: QuantizedLinear) -> tuple[str, tuple[Any, ...]]:
+    q = module.quantized
+    x = torch.empty(8, module.in_features, dtype=q.dtype, device=q.device)
+    if q.quant_type == "int8":
+        return "linear_8bit", (x, q.weight, q.statistics()[0], module.bias)
+    stored = (q.weight, *q.statistics(), q.quant_type, q.blocksize)
+    return "linear_4bit", (x, *stored, module.out_features, module.bias)

@@ -10,10 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from peftkern.hf.config import ALL_LINEAR, LoRAConfig
+from peftkern.hf.config import ALL_LINEAR, AdapterConfig, TargetedConfig
 from peftkern.hf.rules import is_foreign_adapter, rule_for
 from peftkern.nn.adapter import AdapterLayer
-from peftkern.nn.lora import LoRALinear
 
 
 @dataclass(frozen=True)
@@ -91,18 +90,19 @@ def _below_saved(names: Iterable[str], path: str) -> bool:
     return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in names)
 
 
-def excluded(config: LoRAConfig, path: str) -> str | None:
+def excluded(config: AdapterConfig, path: str) -> str | None:
     """Why a path that the targets match is left alone; ``None`` when it is not."""
-    if config.exclude_modules and matches(config.exclude_modules, path):
+    exclude = config.exclude_modules if isinstance(config, TargetedConfig) else None
+    if exclude and matches(exclude, path):
         return "excluded by exclude_modules"
     if _below_saved(config.saved_names, path):
         return "trained in full (modules_to_save)"
     return None
 
 
-def in_layers(config: LoRAConfig, path: str) -> bool:
+def in_layers(config: AdapterConfig, path: str) -> bool:
     """Whether layers_to_transform admits the path."""
-    if config.layers_to_transform is None:
+    if not isinstance(config, TargetedConfig) or config.layers_to_transform is None:
         return True
     wanted = config.layers_to_transform
     numbers = (wanted,) if isinstance(wanted, int) else tuple(wanted)
@@ -158,13 +158,13 @@ class Choice:
 
 def is_linear_like(module: nn.Module) -> bool:
     """True for what "all-linear" speaks about: every kind of linear layer, adapted or not."""
-    if isinstance(module, LoRALinear) or is_foreign_adapter(module):
+    if (isinstance(module, AdapterLayer) and module.on_linear) or is_foreign_adapter(module):
         return True
     return rule_for(module) is not None
 
 
 def choose(
-    model: nn.Module, sites: Sequence[Site], spec: str | Sequence[str], config: LoRAConfig
+    model: nn.Module, sites: Sequence[Site], spec: str | Sequence[str], config: AdapterConfig
 ) -> list[Choice]:
     """Every site that ``spec`` speaks about, with the reason where it is left alone."""
     heads = head_paths(model) if spec == ALL_LINEAR else ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -53,7 +54,7 @@ class UndoLog:
     added: list[Added] = field(default_factory=list)
     active: list[tuple[AdapterLayer, list[str]]] = field(default_factory=list)
     flags: dict[int, tuple[nn.Parameter, bool]] = field(default_factory=dict)
-    hooks: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
+    undo: list[Callable[[], object]] = field(default_factory=list)
     store: DiskStore | None = None
     lost: list[str] = field(default_factory=list)
 
@@ -81,6 +82,21 @@ class UndoLog:
         for slot in slots:
             slot.parent._modules[slot.attribute] = current
 
+    def on_rollback(self, step: Callable[[], object]) -> None:
+        """Have ``step`` called when the patch is undone, before modules go back."""
+        self.undo.append(step)
+
+    def attach(self, parent: nn.Module, name: str, child: nn.Module) -> None:
+        """Give ``parent`` one more submodule.
+
+        Raises:
+            ValueError: it has an attribute of this name.
+        """
+        if hasattr(parent, name):
+            raise ValueError(f"{type(parent).__name__} has an attribute {name!r} already")
+        parent.add_module(name, child)
+        self.on_rollback(lambda: parent._modules.pop(name, None))
+
     def park(self, original: nn.Module, stand_in: nn.Module, keep: str | bool, name: str) -> None:
         """Set aside the weight of a layer that ``stand_in`` holds quantized."""
         weight = original._parameters["weight"]
@@ -102,8 +118,8 @@ class UndoLog:
     @torch.no_grad()
     def rollback(self) -> None:
         """Undo everything."""
-        for hook in self.hooks:
-            hook.remove()
+        for step in reversed(self.undo):
+            step()
         for entry in self.parked:
             data = entry.parameter.data if entry.data is None else entry.data.fetch()
             entry.parameter.data = data.to(next(entry.stand_in.parameters()).device)

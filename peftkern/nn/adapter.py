@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -23,15 +24,24 @@ def check_adapter_name(name: str) -> None:
         )
 
 
+TORCH = "computed by torch"
+
+
 class AdapterLayer(nn.Module):
-    """Bookkeeping of named adapters; subclasses hold their tensors in ``_adapter_containers``."""
+    """Bookkeeping of named adapters; subclasses hold their tensors in ``_adapter_containers``.
+
+    A subclass over a frozen linear layer keeps it as ``base_layer`` and sets ``on_linear``. One
+    whose adapters can become part of the base overrides :meth:`merge` and :meth:`unmerge`.
+    """
 
     _adapter_containers: tuple[str, ...] = ()
+    on_linear = False
 
     def __init__(self) -> None:
         super().__init__()
         self._active_adapter: list[str] = []
         self._disable_adapters = False
+        self.merged_adapters: list[str] = []
 
     @property
     def adapter_names(self) -> list[str]:
@@ -73,6 +83,35 @@ class AdapterLayer(nn.Module):
             if name in modules:
                 del modules[name]
         self._active_adapter = [active for active in self._active_adapter if active != name]
+
+    def check(self, names: list[str]) -> None:
+        """Refuse names that cannot be active together here; every combination is fine by default.
+
+        Raises:
+            ValueError: naming them.
+        """
+
+    def example_call(self, name: str) -> tuple[str, tuple[Any, ...]] | str:
+        """An op and arguments as a forward pass gives them (8 rows), or why none serves it."""
+        return TORCH
+
+    @property
+    def merged(self) -> bool:
+        """True while adapters are part of the base weight."""
+        return bool(self.merged_adapters)
+
+    def merge(
+        self, adapter_names: list[str] | None = None, max_error: float | None = None
+    ) -> float:
+        """Write adapters into the base; see :func:`peftkern.merge`.
+
+        Raises:
+            ValueError: this kind of adapter is no change of a weight.
+        """
+        raise ValueError(f"{type(self).__name__} adapters cannot be merged into the base weights")
+
+    def unmerge(self) -> None:
+        """Put the base weight back exactly as it was; does nothing when nothing is merged."""
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters of this layer on or off."""

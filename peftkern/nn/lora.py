@@ -54,6 +54,7 @@ class LoRALinear(AdapterLayer):
     """
 
     _adapter_containers = ("lora_A", "lora_B")
+    on_linear = True
 
     def __init__(
         self,
@@ -80,7 +81,6 @@ class LoRALinear(AdapterLayer):
         self.lora_dropout: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.use_rslora: dict[str, bool] = {}
-        self.merged_adapters: list[str] = []
         self._merge: Merged | None = None
         # A subclass with a forward of its own is called; reading its weight would skip its maths.
         plain = isinstance(base_layer, QuantizedLinear) or not own_forward(base_layer)
@@ -220,6 +220,23 @@ class LoRALinear(AdapterLayer):
                 return f"its {label} carries {hooks}, which must run"
         return None
 
+    def example_call(self, name: str) -> tuple[str, tuple[Any, ...]] | str:
+        """``lora_linear`` and arguments for 8 rows, or why it does not serve adapter ``name``."""
+        reason = self.why_not_fused(name)
+        if reason is not None:
+            return f"not fused: {reason}"
+        base = self.base_layer
+        frozen: tuple[Any, ...]
+        if isinstance(base, QuantizedLinear):
+            q = base.quantized
+            frozen, dtype = (q.weight, *q.statistics(), q.quant_type, q.blocksize), q.dtype
+        else:
+            weight = dense_weight(base)
+            frozen, dtype = (weight, None, None, None, "dense", 0), weight.dtype
+        x = torch.empty(8, self.in_features, dtype=dtype, device=frozen[0].device)
+        low_rank = (*self.factors(name), self.scaling[name], 0.0, None)
+        return "lora_linear", (x, *frozen, self.out_features, self.bias, *low_rank)
+
     def forward(self, x: Tensor) -> Tensor:
         """The adapted linear map; x [..., in] -> [..., out] in the dtype of x (autocast obeyed)."""
         if self._disable_adapters or self.merged_adapters:
@@ -257,11 +274,6 @@ class LoRALinear(AdapterLayer):
         # Called, not read: hooks on the factors (sharding, offloading) must run.
         term = self.lora_B[name](self.lora_A[name](dropped)) * self.scaling[name]
         return (y + term).to(y.dtype)
-
-    @property
-    def merged(self) -> bool:
-        """True while adapters are part of the base weight."""
-        return bool(self.merged_adapters)
 
     @torch.no_grad()
     def delta_weight(self, name: str) -> Tensor:

@@ -1,21 +1,30 @@
-"""``adapter_config.json``: PEFT's fields, which of them we compute, and which we must refuse."""
+"""LoRA in PEFT's files: its config's fields, those that we must refuse, and its tensors."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from peftkern.hf.config import TASK_HEADS, TASK_TYPES, LoRAConfig
-from peftkern.hf.targets import Site, excluded, in_layers, matches, minimal_names
+from peftkern.checkpoint.peft_common import (
+    PEFT_VERSION,
+    base_model_fields,
+    refuse_unknown,
+    some,
+    task_of,
+)
+from peftkern.hf.methods.lora import LoRAConfig
+from peftkern.hf.targets import Site, by_pattern, excluded, in_layers, matches, minimal_names
+from peftkern.nn.lora import LoRALinear
 
-PEFT_VERSION = "0.21.2"  # whose fields these are
+PEFT_TYPE = "LORA"
 
-# Every field of a LoRA config in that version with the value that means "not used".
-LORA_FIELDS: dict[str, Any] = {
+# Every field of a LoRA config in PEFT_VERSION with the value that means "not used".
+FIELDS: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "alpha_pattern": {},
     "arrow_config": None,
@@ -83,7 +92,7 @@ _REFUSED = {
 _SAFE_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
-def check_supported(fields: dict[str, Any], where: str) -> None:
+def _check_supported(fields: dict[str, Any], where: str) -> None:
     """Refuse a config that means something this library does not compute.
 
     Args:
@@ -93,20 +102,7 @@ def check_supported(fields: dict[str, Any], where: str) -> None:
     Raises:
         ValueError: naming every field that is in the way.
     """
-    kind = fields.get("peft_type")
-    if kind != "LORA":
-        raise ValueError(f"{where}: peft_type is {kind!r}; this version reads 'LORA' only")
-    problems = []
-    for name, value in fields.items():
-        if name in _REFUSED:
-            if value not in (LORA_FIELDS[name], None, False, {}, []):
-                problems.append(f"{name}={value!r} ({_REFUSED[name]}) is not supported")
-        elif name not in LORA_FIELDS and name != "runtime_config":
-            if value not in (None, False, {}, [], ""):
-                problems.append(
-                    f"{name}={value!r} is unknown (PEFT {PEFT_VERSION} does not have it either); "
-                    "it may change what the adapter computes"
-                )
+    problems = refuse_unknown(fields, FIELDS, _REFUSED)
     start = fields.get("init_lora_weights", True)
     if start not in _SAFE_INITIALISATIONS:
         problems.append(
@@ -120,7 +116,7 @@ def check_supported(fields: dict[str, Any], where: str) -> None:
         raise ValueError(f"{where}: " + "; ".join(problems))
 
 
-def from_peft(fields: dict[str, Any], where: str, options: dict[str, Any]) -> LoRAConfig:
+def from_fields(fields: dict[str, Any], where: str, options: dict[str, Any]) -> LoRAConfig:
     """A :class:`LoRAConfig` that computes what the file says.
 
     Args:
@@ -131,11 +127,8 @@ def from_peft(fields: dict[str, Any], where: str, options: dict[str, Any]) -> Lo
     Raises:
         ValueError: the config is not supported, or a value is out of range.
     """
-    check_supported(fields, where)
-    task = fields.get("task_type")
-    saved = list(fields.get("modules_to_save") or ())
-    if task not in TASK_TYPES or not set(TASK_HEADS.get(task, ())) <= set(saved):
-        task = None  # only modules_to_save itself then says what was trained in full
+    _check_supported(fields, where)
+    task, saved = task_of(fields)
     try:
         return LoRAConfig(
             r=fields.get("r", 8),
@@ -145,7 +138,7 @@ def from_peft(fields: dict[str, Any], where: str, options: dict[str, Any]) -> Lo
             exclude_modules=fields.get("exclude_modules") or None,
             rank_pattern=fields.get("rank_pattern") or {},
             alpha_pattern=fields.get("alpha_pattern") or {},
-            modules_to_save=saved or None,
+            modules_to_save=saved,
             layers_to_transform=_none_if_empty(fields.get("layers_to_transform")),
             layers_pattern=fields.get("layers_pattern") or None,
             task_type=task,
@@ -157,12 +150,8 @@ def from_peft(fields: dict[str, Any], where: str, options: dict[str, Any]) -> Lo
         raise
 
 
-def to_peft(
-    config: LoRAConfig,
-    model: nn.Module,
-    sites: Sequence[Site],
-    adapted: Sequence[str],
-    fan_in_fan_out: bool,
+def to_fields(
+    config: LoRAConfig, model: nn.Module, sites: Sequence[Site], adapter_name: str
 ) -> dict[str, Any]:
     """The content of ``adapter_config.json``.
 
@@ -170,26 +159,18 @@ def to_peft(
         config: what the model was patched with.
         model: the model.
         sites: its modules.
-        adapted: paths that carry the adapter.
-        fan_in_fan_out: whether any of them stores its weight as [in, out].
+        adapter_name: which adapter.
 
     Returns:
         All fields of PEFT's version, and no other.
     """
-    written = explicit_targets(config, sites, adapted)
-    hf_config = getattr(model, "config", None)
-    base = getattr(hf_config, "name_or_path", None) or getattr(model, "name_or_path", None)
-    mapping = None
-    if config.task_type is None:
-        cls = type(model)
-        mapping = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
-    fields = dict(LORA_FIELDS)
+    layers = _layers(sites, adapter_name)
+    written = explicit_targets(config, sites, list(layers))
+    fields = dict(FIELDS)
     fields.update(
         alpha_pattern=dict(config.alpha_pattern),
-        auto_mapping=mapping,
-        base_model_name_or_path=base or None,
         exclude_modules=_plain(written.exclude_modules),
-        fan_in_fan_out=fan_in_fan_out,
+        fan_in_fan_out=any(layer.fan_in_fan_out for layer in layers.values()),
         init_lora_weights=config.init_lora_weights,
         layers_pattern=_plain(written.layers_pattern),
         layers_to_transform=_plain(written.layers_to_transform),
@@ -199,10 +180,62 @@ def to_peft(
         r=config.r,
         rank_pattern=dict(config.rank_pattern),
         target_modules=_plain(written.target_modules),
-        task_type=config.task_type,
         use_rslora=config.use_rslora,
+        **base_model_fields(model, config.task_type),
     )
     return fields
+
+
+def tensors(model: nn.Module, sites: Sequence[Site], adapter_name: str) -> dict[str, Tensor]:
+    """The tensors of one adapter by PEFT's keys: the model's own, not copies.
+
+    Args:
+        model: the model.
+        sites: its modules.
+        adapter_name: which adapter.
+
+    Returns:
+        ``<path>.lora_A.weight`` [r, in] and ``<path>.lora_B.weight`` [out, r].
+    """
+    held: dict[str, Tensor] = {}
+    for path, layer in _layers(sites, adapter_name).items():
+        held[f"{path}.lora_A.weight"], held[f"{path}.lora_B.weight"] = layer.factors(adapter_name)
+    return held
+
+
+def check_same_function(sites: Sequence[Site], adapter_name: str, config: LoRAConfig) -> None:
+    """Refuse to load into an adapter that would compute something else with the same tensors.
+
+    Raises:
+        ValueError: the scaling differs somewhere.
+    """
+    problems = []
+    for path, layer in _layers(sites, adapter_name).items():
+        r = by_pattern(config.rank_pattern, path, config.r)
+        alpha = by_pattern(config.alpha_pattern, path, config.lora_alpha)
+        scaling, have = alpha / (math.sqrt(r) if config.use_rslora else r), layer.scaling
+        if r == layer.r[adapter_name] and not math.isclose(
+            scaling, have[adapter_name], rel_tol=1e-9
+        ):
+            problems.append(f"{path}: file {scaling:g}, model {have[adapter_name]:g}")
+    if problems:
+        raise ValueError(
+            "the file's lora_alpha or use_rslora differs from the existing adapter's, so the "
+            f"scaling would be wrong ({some(problems)}); unpatch first, or load under another name"
+        )
+
+
+def summary(fields: dict[str, Any]) -> str:
+    """One line for the adapter's card."""
+    return f"LoRA adapter. Rank {fields['r']}, alpha {fields['lora_alpha']}."
+
+
+def _layers(sites: Sequence[Site], adapter_name: str) -> dict[str, LoRALinear]:
+    return {
+        site.name: site.module
+        for site in sites
+        if isinstance(site.module, LoRALinear) and adapter_name in site.module.adapter_names
+    }
 
 
 def explicit_targets(
