@@ -8,6 +8,15 @@ biases. Base weights are frozen.
 from peftkern.functional.dropout import dropout
 from peftkern.functional.linear import linear_4bit, linear_8bit
 from peftkern.functional.lora import lora_linear
+from peftkern.functional.prefix import prefix_attention, soft_prompt
 from peftkern.functional.sparse import sparse_delta_linear
 
-__all__ = ["dropout", "linear_4bit", "linear_8bit", "lora_linear", "sparse_delta_linear"]
+__all__ = [
+    "dropout",
+    "linear_4bit",
+    "linear_8bit",
+    "lora_linear",
+    "prefix_attention",
+    "soft_prompt",
+    "sparse_delta_linear",
+]

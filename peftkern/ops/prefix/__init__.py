@@ -1,0 +1,1 @@
+"""Attention with trainable keys and values in front of the sequence."""
