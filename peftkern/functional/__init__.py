@@ -5,6 +5,7 @@ Every function takes activations with any leading dimensions, honours autocast a
 biases. Base weights are frozen.
 """
 
+from peftkern.functional.bottleneck import bottleneck_adapter
 from peftkern.functional.dropout import dropout
 from peftkern.functional.linear import linear_4bit, linear_8bit
 from peftkern.functional.lora import lora_linear
@@ -12,6 +13,7 @@ from peftkern.functional.prefix import prefix_attention, soft_prompt
 from peftkern.functional.sparse import sparse_delta_linear
 
 __all__ = [
+    "bottleneck_adapter",
     "dropout",
     "linear_4bit",
     "linear_8bit",

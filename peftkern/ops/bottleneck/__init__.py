@@ -1,0 +1,1 @@
+"""A bottleneck adapter: down, activation, up, scale, residual."""
