@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from peftkern import nn, optim
     from peftkern.checkpoint import load_adapter, save_adapter
     from peftkern.hf import LoRAConfig, merge, patch, set_adapter, unmerge, unpatch
+    from peftkern.hf.accelerate import accelerate
+    from peftkern.hf.trainer import PeftkernCallback
+    from peftkern.hf.verify import verify
+    from peftkern.hf.watchdog import GradientWatchdog
 
 logging.getLogger("peftkern").addHandler(logging.NullHandler())
 ops.load()
@@ -32,6 +36,10 @@ _LAZY = {
     "nn": "peftkern.nn",
     "optim": "peftkern.optim",
     "LoRAConfig": "peftkern.hf",
+    "accelerate": "peftkern.hf.accelerate",
+    "verify": "peftkern.hf.verify",
+    "GradientWatchdog": "peftkern.hf.watchdog",
+    "PeftkernCallback": "peftkern.hf.trainer",
     "patch": "peftkern.hf",
     "unpatch": "peftkern.hf",
     "merge": "peftkern.hf",
@@ -42,9 +50,12 @@ _LAZY = {
 }
 
 __all__ = [
+    "GradientWatchdog",
     "LoRAConfig",
+    "PeftkernCallback",
     "QuantizedTensor",
     "__version__",
+    "accelerate",
     "backends",
     "functional",
     "load_adapter",
@@ -59,6 +70,7 @@ __all__ = [
     "unmerge",
     "unpatch",
     "use_backend",
+    "verify",
 ]
 
 

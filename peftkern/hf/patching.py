@@ -22,6 +22,7 @@ from peftkern.hf.report import (
 )
 from peftkern.hf.rules import rule_for
 from peftkern.hf.undo import Added, UndoLog
+from peftkern.hf.verify import Loss, VerifyReport, verify
 from peftkern.nn import Linear4bit, Linear8bit
 from peftkern.nn.adapter import AdapterLayer, adapter_layers, check_adapter_name
 from peftkern.nn.quantized import QuantizedLinear
@@ -100,6 +101,11 @@ class PatchHandle:
             asked=note.asked,
             done=not note.refused,
         )
+
+    def verify(self, batch: Any, loss: Loss | None = None) -> VerifyReport:
+        """The kernels against the reference on this model and batch; see :func:`verify`."""
+        self._require_live()
+        return verify(self.model, batch, loss)
 
     def unpatch(self) -> nn.Module:
         """Bring the model back: the same modules, bytes, requires_grad flags and modes.

@@ -53,6 +53,11 @@ class QuantizedLinear(nn.Linear):
         raise AssertionError("subclasses build their QuantizedTensor")
 
     @property
+    def W_q(self) -> Tensor:
+        """The packed bytes, under the name by which PEFT knows to call :meth:`dequantize`."""
+        return self.weight.detach()
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the weight and its statistics, without the bias."""
         return sum(t.numel() * t.element_size() for t in self._stored_tensors().values())
