@@ -24,11 +24,14 @@ PYTEST := OMP_NUM_THREADS=$(THREADS) $(PY) -m pytest
 BENCH := $(PY) -m pytest bench --benchmark-only
 
 .PHONY: help venv build demo test test-fast lint format bench bench-quick aot-report clean
+.PHONY: gpu gpu-test gpu-bench
 .DEFAULT_GOAL := help
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 \t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 	@echo "Variables: PYTHON, VENV, TORCH, JOBS and THREADS (tests), QUICK=1 (demo), ARGS (passed on)."
+	@echo "make gpu installs nothing where PYTHON has a torch with CUDA, pytest and Triton; DRY=1 rehearses"
+	@echo "it on a CPU; GPU_PYTHON=... names the interpreter; ARGS='--output DIR --parts tests,bench'."
 
 # torch comes first and alone. The constraint written here keeps every later install from
 # exchanging it for another build; torch builds without a Triton of their own get the pinned one.
@@ -107,6 +110,22 @@ bench-quick: $(STAMP)-bench ## the same on few shapes, under 5 minutes
 
 aot-report: $(STAMP)-test ## registers, spills and instructions of the Triton kernels
 	$(PY) -m bench.gpu.aot_report $(ARGS)
+
+# Where PYTHON already has what the run needs it is used as it is, without network: a machine with a
+# GPU often comes with its own torch. Elsewhere the virtual environment of the tests serves.
+GPU_NEEDS := import pytest, triton, torch; assert $(if $(filter-out 0,$(DRY)),True,torch.version.cuda)
+GPU_PYTHON ?= $(shell $(PYTHON) -c '$(GPU_NEEDS)' 2>/dev/null && command -v $(PYTHON))
+GPU_RUN = $(or $(GPU_PYTHON),$(PY)) -m bench.gpu.run $(if $(filter-out 0,$(DRY)),--dry) $(ARGS)
+gpu gpu-test gpu-bench: $(if $(filter gpu%,$(MAKECMDGOALS)),$(if $(GPU_PYTHON),,$(STAMP)-test))
+
+gpu: ## on a machine with an NVIDIA GPU: build, test, measure, tune (DRY=1: rehearse on a CPU)
+	$(GPU_RUN)
+
+gpu-test: ## of it, the tests and the sanitizer
+	$(GPU_RUN) --set test
+
+gpu-bench: ## of it, the benchmarks
+	$(GPU_RUN) --set bench
 
 clean: ## remove the build and the virtual environment
 	rm -rf build $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

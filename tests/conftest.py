@@ -21,6 +21,22 @@ def _seeded() -> Iterator[None]:
     assert torch.is_grad_enabled()
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Modules with ``EVERY_DEVICE = True`` run once more with CUDA as the default device."""
+    if getattr(metafunc.module, "EVERY_DEVICE", False) and torch.cuda.is_available():
+        metafunc.fixturenames.append("default_device")
+        devices = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+        metafunc.parametrize("default_device", devices, indirect=True)
+
+
+@pytest.fixture
+def default_device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where tensors are made that name no device."""
+    torch.set_default_device(request.param)
+    yield request.param
+    torch.set_default_device(None)
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """``torch.empty`` returns NaN (largest integers): a value that nobody wrote shows."""

@@ -17,6 +17,7 @@ from peftkern.testing import assert_error_rule, assert_same_bits
 F = pk.functional
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMATS = ["dense", "nf4", "fp4", "int8"]
+EVERY_DEVICE = True
 
 
 def _base(format: str, n: int, k: int, dtype: torch.dtype) -> tuple[object, Tensor]:
@@ -224,7 +225,7 @@ def test_autocast_is_that_of_linear(format: str) -> None:
     x = torch.randn(3, 64, requires_grad=True)
     a, b = torch.randn(4, 64, requires_grad=True), torch.randn(16, 4, requires_grad=True)
     bias = torch.randn(16, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         y = F.lora_linear(x, base, a, b, 1.0, bias)
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()

@@ -18,12 +18,34 @@ from peftkern.testing import assert_error_rule, assert_same_bits
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def _marks(device: str) -> tuple[pytest.MarkDecorator, ...]:
+    return (pytest.mark.gpu,) if device == "cuda" else ()
+
+
 def _cells() -> Iterator[Any]:
-    for name, spec in registry.specs().items():
-        for row in registry.implementations(name, "cpu"):
-            for dtype in spec.dtypes:
-                short = str(dtype).removeprefix("torch.")
-                yield pytest.param(name, row.backend, dtype, id=f"{name}-{row.backend}-{short}")
+    for device in DEVICES:
+        for name, spec in registry.specs().items():
+            for row in registry.implementations(name, device):
+                for dtype in spec.dtypes:
+                    short = str(dtype).removeprefix("torch.")
+                    yield pytest.param(
+                        device,
+                        name,
+                        row.backend,
+                        dtype,
+                        marks=_marks(device),
+                        id=f"{device}-{name}-{row.backend}-{short}",
+                    )
+
+
+def _on(value: Any, device: str) -> Any:
+    """The same value on a device, strides kept."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_on(v, device) for v in value)
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def _outputs(result: Any) -> list[torch.Tensor]:
@@ -43,29 +65,35 @@ def _run(name: str, args: tuple[Any, ...]) -> list[torch.Tensor]:
     return _outputs(getattr(torch.ops.peftkern, name)(*args))
 
 
-@pytest.mark.parametrize(("name", "backend", "dtype"), list(_cells()))
-def test_matches_reference(name: str, backend: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("device", "name", "backend", "dtype"), list(_cells()))
+def test_matches_reference(device: str, name: str, backend: str, dtype: torch.dtype) -> None:
     spec = registry.specs()[name]
-    if (reason := dict(registry.explain(name))[backend]) is not None:
+    if (reason := dict(registry.explain(name, device))[backend]) is not None:
         pytest.skip(reason)
     ran = 0
     for sample in spec.samples(dtype):
-        row = next(r for r in registry.implementations(name) if r.backend == backend)
-        if row.refusal(sample.args) is not None:
+        row = next(r for r in registry.implementations(name, device) if r.backend == backend)
+        if row.refusal(tuple(_on(a, device) for a in sample.args)) is not None:
             continue
         ran += 1
         with pk.use_backend("reference"):
             expected = _run(name, sample.args)
         for layout, args in (
-            ("plain", sample.args),
-            ("shifted", tuple(_shifted(a) for a in sample.args)),
+            ("plain", tuple(_on(a, device) for a in sample.args)),
+            ("shifted", tuple(_shifted(_on(a, device)) for a in sample.args)),
         ):
             with pk.use_backend(backend):
                 actual = _run(name, args)
             assert len(actual) == len(expected)
-            for i, (got, want) in enumerate(zip(actual, expected, strict=True)):
+            for i, (there, want) in enumerate(zip(actual, expected, strict=True)):
                 where = f"{name}[{backend}] {sample.name} {layout} output {i}"
-                assert got.stride() == want.stride(), where
+                assert (there.device.type, there.stride()) == (device, want.stride()), where
+                got = there.cpu()
+                if device != "cpu" and backend == "reference":
+                    # torch's own kernels there fuse multiply-adds: near, not bit-equal.
+                    if got.is_floating_point():
+                        torch.testing.assert_close(got, want, equal_nan=True, msg=where)
+                    continue
                 if spec.tolerance == "exact":
                     assert_same_bits(got, want, where)
                     continue
@@ -77,10 +105,12 @@ def test_matches_reference(name: str, backend: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", list(registry.specs()))
-def test_runs_twice_to_the_same_bits(name: str) -> None:
+@pytest.mark.parametrize("device", [pytest.param(d, marks=_marks(d)) for d in DEVICES])
+def test_runs_twice_to_the_same_bits(name: str, device: str) -> None:
     spec = registry.specs()[name]
     for sample in spec.samples(spec.dtypes[0]):
-        first, second = _run(name, sample.args), _run(name, sample.args)
+        args = tuple(_on(a, device) for a in sample.args)
+        first, second = _run(name, args), _run(name, args)
         for i, (a, b) in enumerate(zip(first, second, strict=True)):
             assert_same_bits(a, b, f"{name} {sample.name} output {i}")
 

@@ -15,6 +15,7 @@ from peftkern.testing import assert_error_rule, assert_same_bits
 
 F = pk.functional
 FORMATS = ["dense", "nf4", "fp4", "int8"]
+EVERY_DEVICE = True
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -101,7 +102,7 @@ def test_no_dense_gradient_and_no_dense_weight_are_made() -> None:
 
 @pytest.mark.parametrize("format", ["dense", "nf4"])
 def test_autocast_and_reentrant_checkpointing_change_nothing_else(format: str) -> None:
-    base, dense = _base(format, 16, 64, torch.float32)
+    base, _ = _base(format, 16, 64, torch.float32)
     x, at = torch.randn(7, 64), _positions(16 * 64, 40)
     results = []
     for mode in (None, True, False):
@@ -109,7 +110,7 @@ def test_autocast_and_reentrant_checkpointing_change_nothing_else(format: str) -
         values = torch.linspace(-1, 1, 40).requires_grad_()
 
         def run(z: Tensor, v: Tensor = values) -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(torch.get_default_device().type, torch.bfloat16):
                 return F.sparse_delta_linear(z, base, at, v)
 
         y = run(leaf) if mode is None else checkpoint(run, leaf, use_reentrant=mode)

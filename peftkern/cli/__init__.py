@@ -17,6 +17,7 @@ def make_app() -> Any:
     from peftkern._version import __version__
     from peftkern.cli.demo.command import demo
     from peftkern.cli.info import info
+    from peftkern.cli.tune import tune
 
     app = typer.Typer(
         name="peftkern",
@@ -41,6 +42,7 @@ def make_app() -> Any:
 
     app.command()(info)
     app.command()(demo)
+    app.command()(tune)
     return app
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from peftkern.triton_kernels.launch import interpreting, launch, table
 from peftkern.tuning.configs import LinearConfig, linear_config
 from peftkern.tuning.model import fused_low_rank_wins, fused_quantized_wins
+from peftkern.tuning.tables import lookup
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -93,12 +94,18 @@ def _fused_config(
     # fp32 products belong to cuBLAS: there is no 16-bit operand to decode into.
     if x.dtype not in _HALVES or 0 in (m, base.rows, base.cols):
         return None
-    config = linear_config(m, base.rows, base.cols, base.format, base.blocksize, transposed)
-    if config is None:
+    measured = lookup(x.device, m, base.rows, base.cols, base.format, transposed)
+    if measured is None:
+        config = linear_config(m, base.rows, base.cols, base.format, base.blocksize, transposed)
+    else:
+        config = measured.config
+    if config is None or (base.blocksize and config.group > base.blocksize):
         return None
     if low_rank is not None and low_rank.up.dtype == torch.float32 and low_rank.s.shape[1] > 16:
         # Beside 128 rows, fp32 products in several blocks of ranks spill on capability 8.0.
         config = replace(config, block_m=min(config.block_m, 64))
+    if measured is not None:
+        return config
     if base.format == "dense":
         wins = low_rank is not None and fused_low_rank_wins(x.shape[1])
     else:
@@ -125,15 +132,22 @@ def matmul(
     """
     config = _fused_config(x, base, transposed, low_rank)
     if config is None:
-        w = base.dense(x.dtype)
-        out = x @ w if transposed else torch.nn.functional.linear(x, w, bias)
-        if low_rank is not None:
-            _finish(out[None], out, None, low_rank)
-        return out
-    return _fused(x, base, transposed, bias, low_rank, config)
+        return unfused(x, base, transposed, bias, low_rank)
+    return fused(x, base, transposed, bias, low_rank, config)
 
 
-def _fused(
+def unfused(
+    x: Tensor, base: Base, transposed: bool, bias: Tensor | None, low_rank: LowRank | None
+) -> Tensor:
+    """The base dequantized, torch's own product, and the low-rank term in one more pass."""
+    w = base.dense(x.dtype)
+    out = x @ w if transposed else torch.nn.functional.linear(x, w, bias)
+    if low_rank is not None:
+        _finish(out[None], out, None, low_rank)
+    return out
+
+
+def fused(
     x: Tensor,
     base: Base,
     transposed: bool,
@@ -141,6 +155,7 @@ def _fused(
     low_rank: LowRank | None,
     config: LinearConfig,
 ) -> Tensor:
+    """Tiles decoded in registers, bias and low-rank term in the epilogue; see :func:`matmul`."""
     from peftkern.triton_kernels import linear
 
     m, c = x.shape

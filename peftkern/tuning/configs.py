@@ -106,6 +106,22 @@ def linear_config(
     return LinearConfig(block_m, block_o, block_c, group, split, warps, 3)
 
 
+def fits(config: LinearConfig, rows: int, cols: int, format: str, transposed: bool) -> bool:
+    """Whether the fused kernel can use these tiles on a base [rows, cols].
+
+    Tiles are powers of two, at least what ``tl.dot`` takes; a tile of a 4-bit base ends with a row
+    at the latest and consists of whole groups.
+    """
+    blocks = (config.block_m, config.block_o, config.block_c, config.num_warps, config.split)
+    if any(b < 1 or b & (b - 1) for b in blocks) or min(blocks[:3]) < 16 or config.num_stages < 1:
+        return False
+    if format not in ("nf4", "fp4"):
+        return True
+    along = config.block_o if transposed else config.block_c
+    group = config.group
+    return cols % along == 0 and group >= 32 and group & (group - 1) == 0 and along % group == 0
+
+
 def _rank_block(rank: int) -> int:
     """A power of two from 16 (the least ``tl.dot`` takes) to 64 that holds ``rank`` or a part."""
     return 16 if rank <= 16 else 32 if rank <= 32 else 64
