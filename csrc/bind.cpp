@@ -309,6 +309,7 @@ py::dict tables() {
 PYBIND11_MODULE(_C, m) {
     m.doc() = "CPU kernels of peftkern. Takes raw addresses: use peftkern.functional instead.";
     pk::bind_openmp();
+    bind_sparse(m);
     m.def("linear", &linear);
     m.def("lora_forward", &lora_forward);
     m.def("lora_backward", &lora_backward);

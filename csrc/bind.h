@@ -108,4 +108,7 @@ inline void add_segment(pk::Product& p, const pk::Operand& x, const pk::Weight& 
     p.segment[p.segments++] = {x, w, depth, along_columns};
 }
 
+// One function a family, called when the module is made.
+void bind_sparse(py::module_& m);
+
 } // namespace pk_bind

@@ -169,3 +169,26 @@ def test_errors_name_the_argument() -> None:
             for kind, message, call in cases:
                 with pytest.raises(kind, match=message):
                     call()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_term_beside_torch_s_own_product(dtype: torch.dtype, monkeypatch: object) -> None:
+    """Where torch multiplies with the base (fp32, and bf16 on CPUs that have it)."""
+    from peftkern.ops.sparse_delta import cpu
+
+    if dict(pk.registry.explain("sparse_delta_linear"))["native"] is not None:
+        pytest.skip("no native kernels here")
+    n, k, m = 67, 83, 139
+    w, x, dy = (torch.randn(s).to(dtype) for s in ((n, k), (m, k), (m, n)))
+    at = _positions(n * k, 700)
+    values = torch.randn(700)
+    dense = w.double().flatten().index_add(0, at, values.double()).view(n, k)
+    for by_torch in (True, False):
+        monkeypatch.setattr(cpu, "base_by_torch", lambda _, by=by_torch: by)  # type: ignore[attr-defined]
+        for weight in (w, w.t().contiguous().t()):
+            bundle = (weight, None, None, None, "dense", 0)
+            y = cpu.sparse_delta_linear(x, *bundle, n, None, at, values)
+            dx = cpu.sparse_delta_dx(dy, *bundle, k, at, values)
+            plain = dense.to(dtype)
+            assert_error_rule(y, x.double() @ dense.T, x @ plain.T, 1.5, "y")
+            assert_error_rule(dx, dy.double() @ dense, dy @ plain, 2.0, "dx")

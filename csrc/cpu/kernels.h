@@ -27,6 +27,15 @@ struct Operand {
     Dropout dropout;
 };
 
+// Values that are added to single entries of a stored matrix: ascending flat positions, and where
+// those of each stored row begin (rows + 1 numbers).
+struct Entries {
+    const int64_t* index = nullptr; // null: there are none
+    const int64_t* start = nullptr;
+    const void* value = nullptr;
+    int dtype = kF32; // of the values
+};
+
 enum WeightKind : int { kDense = 0, kInt8 = 1, k4Bit = 2 };
 
 // The stationary operand, as stored: `rows` rows of `cols` elements.
@@ -45,6 +54,7 @@ struct Weight {
     int quant_type = 0;
     int block_shift = 0; // log2 of the block size
     Dropout dropout;     // dense only
+    Entries entries;     // added to the decoded values in fp32
 };
 
 // One term of a sum of products: out[i, j] += sum over k < depth of x(i, k) * w(j, k), where
@@ -144,6 +154,23 @@ struct OptimizerStep {
     int threads;
 };
 
+// Products along the entries of a sparse matrix [rows, cols]. The activations are copied into tiles
+// first, `x_tiles` for cols * m and `dy_tiles` for rows * m elements with m rounded up to a
+// multiple of 64; what a product does not read may be null.
+struct SparseProduct {
+    const void* x;  // [m, cols]
+    const void* dy; // [m, rows]
+    int dtype;      // of x, dy, their tiles, y and dx
+    int64_t m, rows, cols;
+    Entries entries;
+    void* x_tiles;
+    void* dy_tiles;
+    float* gradient; // out: one per entry, sum over m of dy[m, row] * x[m, col]
+    void* y;         // [m, rows] += sum over a row's entries of value * x[m, col]
+    void* dx;        // [m, cols] += sum over a column's entries of value * dy[m, row]
+    int threads;
+};
+
 struct Kernels {
     const char* name;
     int (*product)(const Product&);
@@ -154,6 +181,7 @@ struct Kernels {
     int (*dropout)(const ApplyDropout&);
     int (*optimizer_step)(OptimizerStep&);
     int (*square_sums)(OptimizerStep&);
+    int (*sparse_product)(const SparseProduct&);
 };
 
 } // namespace pk

@@ -11,6 +11,7 @@
 #include "rows.inl.h"
 #include "quantize.inl.h"
 #include "optimizer.inl.h"
+#include "sparse.inl.h"
 
 namespace pk {
 
@@ -25,6 +26,7 @@ const Kernels PK_KERNELS = {
     PK_ISA::dropout,
     PK_ISA::optimizer_step,
     PK_ISA::square_sums,
+    PK_ISA::sparse_product,
 };
 
 } // namespace pk

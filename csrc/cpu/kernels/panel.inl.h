@@ -126,7 +126,8 @@ void pack_columns(const Weight& w, int64_t col0, int64_t cols, int64_t k0, int64
         s.line[j] = 0.0f;
     // 4-bit lines in whole groups are decoded straight into the panels.
     bool direct = w.kind == k4Bit && w.cols % V::kWide == 0 && col0 % V::kWide == 0 &&
-                  cols % V::kWide == 0 && ((int64_t)1 << w.block_shift) >= V::kWide;
+                  cols % V::kWide == 0 && ((int64_t)1 << w.block_shift) >= V::kWide &&
+                  w.entries.index == nullptr;
     for (int64_t k = 0; k < depth; ++k) {
         if (k0 + k + kAhead < w.rows)
             prefetch_run(w, k0 + k + kAhead, col0, cols);

@@ -73,7 +73,8 @@ int64_t padded(int64_t depth) { return ceil_div(depth, kChains * L) * (kChains *
 
 // Whether a segment's weights are decoded in whole groups, in the order that is cheapest.
 bool in_groups(const Weight& w) {
-    return w.kind == k4Bit && w.cols % V::kWide == 0 && ((int64_t)1 << w.block_shift) >= V::kWide;
+    return w.kind == k4Bit && w.cols % V::kWide == 0 && ((int64_t)1 << w.block_shift) >= V::kWide &&
+           w.entries.index == nullptr;
 }
 
 // Multiplies decoded vectors with one row of x at once; the same sums as dots().

@@ -282,7 +282,24 @@ void prefetch_run(const Weight& w, int64_t row, int64_t col, int64_t n) {
     }
 }
 
-// Elements [row, col .. col + n) of the stored matrix as fp32 values of the activation's dtype.
+// Adds the entries within [row, col .. col + n) of the stored matrix.
+void add_entries(const Weight& w, int64_t row, int64_t col, int64_t n, float* out) {
+    const Entries& e = w.entries;
+    int64_t first = row * w.cols + col;
+    int64_t low = e.start[row], high = e.start[row + 1], end = high;
+    while (low < high) {
+        int64_t middle = low + (high - low) / 2;
+        if (e.index[middle] < first)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    for (; low < end && e.index[low] < first + n; ++low)
+        out[e.index[low] - first] += load_as_float(e.value, e.dtype, low);
+}
+
+// Elements [row, col .. col + n) of the stored matrix as fp32 values of the activation's dtype,
+// plus the entries that stand there.
 void decode_run(const Weight& w, int64_t row, int64_t col, int64_t n, float* out) {
     if (w.kind == k4Bit) {
         decode_4bit(w, row * w.cols + col, n, out);
@@ -294,6 +311,8 @@ void decode_run(const Weight& w, int64_t row, int64_t col, int64_t n, float* out
         if (w.dropout.on)
             dropout_run(out, n, w.dropout, row * w.dropout.cols + col, w.dtype);
     }
+    if (w.entries.index != nullptr)
+        add_entries(w, row, col, n, out);
 }
 
 // x(i, k0 .. k0 + n) as fp32.

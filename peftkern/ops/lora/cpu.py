@@ -17,7 +17,7 @@ def _cpu_has_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
-def _base_by_torch(dtype: torch.dtype) -> bool:
+def base_by_torch(dtype: torch.dtype) -> bool:
     """Whether torch multiplies with a dense base, so that we add only the low-rank term.
 
     fp32 goes to torch's BLAS, which reaches the FMA peak. bf16 does so where the CPU multiplies
@@ -28,7 +28,7 @@ def _base_by_torch(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and _cpu_has_bf16())
 
 
-def _native_base(
+def native_base(
     weight: Tensor,
     absmax: Tensor | None,
     nested_absmax: Tensor | None,
@@ -72,14 +72,14 @@ def lora_linear(
     rank = lora_A.shape[0]
     s = torch.empty((m, rank), dtype=torch.float32)
     base: native.NativeWeight | None = None
-    if format == "dense" and _base_by_torch(x.dtype):
+    if format == "dense" and base_by_torch(x.dtype):
         y = torch.nn.functional.linear(x, weight, bias)
         bias = None
     else:
         y = torch.empty((m, out_features), dtype=x.dtype)
         statistics = (absmax, nested_absmax, nested_offset)
         shape = (out_features, k)
-        base = _native_base(weight, *statistics, format, blocksize, shape, x.dtype)
+        base = native_base(weight, *statistics, format, blocksize, shape, x.dtype)
     native.kernels().lora_forward(
         x.data_ptr(),
         native.DTYPES[x.dtype],
@@ -126,12 +126,12 @@ def lora_linear_backward(
     rank = lora_A.shape[0]
     base: native.NativeWeight | None = None
     dx = torch.empty(0, dtype=x.dtype)
-    if need_dx and format == "dense" and _base_by_torch(x.dtype):
+    if need_dx and format == "dense" and base_by_torch(x.dtype):
         dx = torch.matmul(dy, weight)
     elif need_dx:
         dx = torch.empty((m, k), dtype=x.dtype)
         statistics = (absmax, nested_absmax, nested_offset)
-        base = _native_base(weight, *statistics, format, blocksize, (n, k), x.dtype)
+        base = native_base(weight, *statistics, format, blocksize, (n, k), x.dtype)
     da = torch.empty(lora_A.shape if need_dab else 0, dtype=lora_A.dtype)
     db = torch.empty(lora_B.shape if need_dab else 0, dtype=lora_B.dtype)
     ds = torch.empty((m, rank), dtype=torch.float32)
