@@ -85,10 +85,15 @@ def frozen_base(base: Tensor | QuantizedTensor) -> FrozenBase:
     return FrozenBase(base, (None, None, None), "dense", 0, out_features, in_features)
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for x's device; never on meta, of which torch knows no autocast."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype a linear computes in: x's own, or autocast's (which leaves fp64 alone)."""
     kind = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+    if x.dtype != torch.float64 and autocasts(x):
         return torch.get_autocast_dtype(kind)
     return x.dtype
 
@@ -107,7 +112,7 @@ def bias_for(x: Tensor, bias: Tensor | None) -> Tensor | None:
     if bias is None or bias.dtype == x.dtype:
         return bias
     require_float("bias", bias)
-    if torch.is_autocast_enabled(x.device.type) or bias.dtype == torch.float32:
+    if autocasts(x) or bias.dtype == torch.float32:
         return bias.to(x.dtype)
     raise TypeError(f"bias: got dtype {bias.dtype}, expected {x.dtype} like x, or float32")
 
@@ -115,7 +120,7 @@ def bias_for(x: Tensor, bias: Tensor | None) -> Tensor | None:
 def dense_for(x: Tensor, weight: Tensor) -> Tensor:
     require_float("base", weight)
     if weight.dtype != x.dtype:
-        if not torch.is_autocast_enabled(x.device.type):
+        if not autocasts(x):
             raise TypeError(f"base: got dtype {weight.dtype}, expected {x.dtype} like x")
         weight = weight.to(x.dtype)
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
@@ -127,7 +132,7 @@ def adapter_for(x: Tensor, adapter: Tensor, name: str) -> Tensor:
     require_float(name, adapter)
     wide = torch.promote_types(x.dtype, torch.float32)
     if adapter.dtype not in (x.dtype, wide):
-        if not torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        if not autocasts(x) and x.dtype != torch.float64:
             raise TypeError(f"{name}: got dtype {adapter.dtype}, expected {x.dtype} or {wide}")
         adapter = adapter.to(wide)
     return adapter.contiguous()

@@ -8,6 +8,7 @@ from torch import Tensor
 from peftkern.functional.arguments import (
     adapter_for,
     as_matrix,
+    autocasts,
     needs_grad,
     require_float,
     seed_for,
@@ -146,7 +147,7 @@ def _residual(
             f"residual: got shape {tuple(residual.shape)}, expected {(*lead, out_features)}"
         )
     if residual.dtype != x.dtype:
-        if not torch.is_autocast_enabled(x.device.type):
+        if not autocasts(x):
             raise TypeError(f"residual: got dtype {residual.dtype}, expected {x.dtype} like x")
         residual = residual.to(x.dtype)
     return residual.reshape(x.shape[0], out_features).contiguous()

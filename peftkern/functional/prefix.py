@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peftkern.functional.arguments import autocast_dtype, needs_grad, require_float, seed_for
+from peftkern.functional.arguments import (
+    autocast_dtype,
+    autocasts,
+    needs_grad,
+    require_float,
+    seed_for,
+)
 from peftkern.ops.prefix.autograd import PrefixAttention
 
 
@@ -19,7 +25,7 @@ def _prefix(name: str, prefix: Tensor, q: Tensor) -> Tensor:
     require_float(name, prefix)
     wide = torch.promote_types(q.dtype, torch.float32)
     if prefix.dtype not in (q.dtype, wide):
-        if not torch.is_autocast_enabled(q.device.type):
+        if not autocasts(q):
             raise TypeError(f"{name}: got dtype {prefix.dtype}, expected {q.dtype} or {wide}")
         prefix = prefix.to(wide)
     return prefix.contiguous()

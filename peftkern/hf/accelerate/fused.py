@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkern import functional
+from peftkern.functional.arguments import autocasts
 from peftkern.hf.accelerate.bases import Base, base_of, why_not_base
 from peftkern.nn.structure import hooks_of
 from peftkern.quant import QuantizedTensor
@@ -164,7 +165,7 @@ class FusedLora(Accelerated):
         reason = _why_not_activation(x, base)
         if reason is not None:
             return reason
-        autocast = torch.is_autocast_enabled(x.device.type)
+        autocast = autocasts(x)
         dtype = base.compute or x.dtype
         if not autocast:
             if isinstance(base.frozen, Tensor) and base.frozen.dtype != x.dtype:
@@ -233,7 +234,7 @@ def _wide(value: Any) -> Tensor:
 
 
 def _bias_as(x: Tensor, bias: Tensor | None) -> Tensor | None:
-    if bias is None or torch.is_autocast_enabled(x.device.type):
+    if bias is None or autocasts(x):
         return bias
     return bias.to(x.dtype)
 
