@@ -8,20 +8,13 @@ import pytest
 import torch
 
 from peftkern import registry
+from peftkern.testing import map_tensors, tensors_of
 
 OPS = list(registry.specs())
 
 
-def _outputs(result: Any) -> list[torch.Tensor]:
-    return [result] if isinstance(result, torch.Tensor) else list(result)
-
-
 def _op(name: str) -> Any:
     return getattr(torch.ops.peftkern, name)
-
-
-def _tensors(args: tuple[Any, ...]) -> list[torch.Tensor]:
-    return [a for a in args if isinstance(a, torch.Tensor)]
 
 
 def test_there_are_ops() -> None:
@@ -32,7 +25,7 @@ def test_there_are_ops() -> None:
 def test_samples_cover_the_hard_sizes(name: str) -> None:
     spec = registry.specs()[name]
     samples = list(spec.samples(spec.dtypes[0]))
-    sizes = [size for sample in samples for t in _tensors(sample.args) for size in t.shape]
+    sizes = [size for sample in samples for t in tensors_of(sample.args) for size in t.shape]
     assert 0 in sizes, "no sample of size 0"
     assert 1 in sizes, "no sample of size 1"
     assert any(size % 2 and size > 1 for size in sizes), "no odd size"
@@ -50,9 +43,9 @@ def test_fake_tells_the_truth(name: str) -> None:
     spec = registry.specs()[name]
     for dtype in spec.dtypes:
         for sample in spec.samples(dtype):
-            real = _outputs(_op(name)(*sample.args))
-            on_meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in sample.args]
-            fake = _outputs(_op(name)(*on_meta))
+            real = tensors_of(_op(name)(*sample.args))
+            on_meta = map_tensors(lambda t: t.to("meta"), sample.args)
+            fake = tensors_of(_op(name)(*on_meta))
             for got, want in zip(fake, real, strict=True):
                 assert (got.shape, got.dtype, got.stride()) == (
                     want.shape,
@@ -78,7 +71,7 @@ def test_compiles_as_one_node(name: str) -> None:
     torch.compiler.reset()
     compiled = torch.compile(_op(name), fullgraph=True, backend="aot_eager", dynamic=True)
     for got, want in zip(
-        _outputs(compiled(*sample.args)), _outputs(_op(name)(*sample.args)), strict=True
+        tensors_of(compiled(*sample.args)), tensors_of(_op(name)(*sample.args)), strict=True
     ):
         assert torch.equal(got, want)
 

@@ -28,7 +28,7 @@ from peftkern.ops.linear4 import cuda as linear4
 from peftkern.ops.linear4.cuda import LowRank
 from peftkern.ops.quant4 import reference as quant4
 from peftkern.ops.quant4.contract import bundles_4bit
-from peftkern.testing import assert_error_rule, assert_same_bits
+from peftkern.testing import assert_error_rule, assert_same_bits, map_tensors, tensors_of
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
@@ -139,13 +139,9 @@ def _cells() -> Iterator[Any]:
                 yield pytest.param(name, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}")
 
 
-def _outputs(result: Any) -> list[torch.Tensor]:
-    return [result] if isinstance(result, torch.Tensor) else list(result)
-
-
-def _shifted(value: Any) -> Any:
+def _shifted(value: torch.Tensor) -> torch.Tensor:
     """The same values one element further into a buffer: contiguous, but aligned to nothing."""
-    if not isinstance(value, torch.Tensor) or not value.is_contiguous():
+    if not value.is_contiguous():
         return value
     buffer = value.new_empty(value.numel() + 1)
     buffer[1:] = value.reshape(-1)
@@ -160,20 +156,20 @@ def _assert_like_reference(name: str, args: tuple[Any, ...], where: str) -> None
     spec = registry.specs()[name]
     row = next(r for r in registry.implementations(name, "cuda") if r.backend == "cuda")
     before = _copies(args)
-    actual = _outputs(row.fn(*args))
+    actual = tensors_of(row.fn(*args))
     for given, kept in zip(args, before, strict=True):
         if isinstance(given, torch.Tensor):
             assert_same_bits(given, kept, f"{where}: an input")
-    expected = _outputs(spec.reference(*args))
-    fakes = _outputs(spec.fake(*args))
+    expected = tensors_of(spec.reference(*args))
+    fakes = tensors_of(spec.fake(*args))
     for i, (got, want) in enumerate(zip(actual, expected, strict=True)):
         assert got.stride() == fakes[i].stride(), where
         if spec.tolerance == "exact":
             assert_same_bits(got, want, f"{where} output {i}")
             continue
-        truth = _outputs(spec.reference(*args, compute=torch.float64))[i]
+        truth = tensors_of(spec.reference(*args, compute=torch.float64))[i]
         assert spec.baseline is not None
-        plain = _outputs(spec.baseline(*args))[i]
+        plain = tensors_of(spec.baseline(*args))[i]
         assert_error_rule(got, truth, plain, spec.factor, f"{where} output {i}")
 
 
@@ -188,7 +184,7 @@ def test_matches_reference(simt: SimtLibrary, name: str, dtype: torch.dtype) -> 
         simt.schedule(schedule, seed=i)
         for layout, args in (
             ("plain", sample.args),
-            ("shifted", tuple(_shifted(a) for a in sample.args)),
+            ("shifted", map_tensors(_shifted, sample.args)),
         ):
             _assert_like_reference(name, args, f"{name} {sample.name} {layout} {schedule}")
         ran += 1

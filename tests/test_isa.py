@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from peftkern import native, registry
-from peftkern.testing import assert_error_rule, assert_same_bits, bits
+from peftkern.testing import assert_error_rule, assert_same_bits, bits, tensors_of
 
 pytestmark = [
     pytest.mark.native,
@@ -66,10 +66,6 @@ def reference(op: str, *args: Any, **kwargs: Any) -> Any:
     return registry.specs()[op].reference(*args, **kwargs)
 
 
-def tuples(value: Any) -> tuple[Tensor, ...]:
-    return value if isinstance(value, tuple) else (value,)
-
-
 def bundle(n: int, k: int, kind: str, blocksize: int, nested: bool) -> tuple[Any, ...]:
     packed, absmax = reference("quantize_4bit", torch.randn(n, k) * 0.1, kind, blocksize, True)
     if not nested:
@@ -84,14 +80,14 @@ def test_contract_samples(isa: str, op: str) -> None:
         pytest.skip("no native implementation")
     for dtype in spec.dtypes:
         for sample in spec.samples(dtype):
-            got, want = tuples(run(op, *sample.args)), tuples(spec.reference(*sample.args))
+            got, want = tensors_of(run(op, *sample.args)), tensors_of(spec.reference(*sample.args))
             if spec.tolerance == "exact":
                 for value, expected in zip(got, want, strict=True):
                     assert_same_bits(value, expected, f"{op} {sample.name}")
                 continue
             assert spec.baseline is not None
-            truth = tuples(spec.reference(*sample.args, compute=torch.float64))
-            plain = tuples(spec.baseline(*sample.args))
+            truth = tensors_of(spec.reference(*sample.args, compute=torch.float64))
+            plain = tensors_of(spec.baseline(*sample.args))
             for value, exact, eager in zip(got, truth, plain, strict=True):
                 name = f"{op} {sample.name}"
                 assert_error_rule(value, exact, eager.to(value.dtype), spec.factor, name)
@@ -260,10 +256,10 @@ def everything(m: int, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
 def test_same_bits_for_any_number_of_threads(isa: str, m: int) -> None:
     for op, args in everything(m, torch.bfloat16).items():
         torch.set_num_threads(1)
-        want = [bits(value) for value in tuples(run(op, *args))]
+        want = [bits(value) for value in tensors_of(run(op, *args))]
         for threads in (2, 3, 4, 8, 2, 2):
             torch.set_num_threads(threads)
-            for value, expected in zip(tuples(run(op, *args)), want, strict=True):
+            for value, expected in zip(tensors_of(run(op, *args)), want, strict=True):
                 assert torch.equal(bits(value), expected), f"{op}, {threads} threads"
 
 
@@ -316,8 +312,6 @@ def guarded_empty(*size, dtype=None, **kwargs):
 
 
 def guarded(value):
-    if not isinstance(value, torch.Tensor):
-        return value
     if value.dim() == 2 and not value.is_contiguous():
         return guarded(value.t()).t()
     return guarded_empty(value.shape, dtype=value.dtype).copy_(value)
@@ -325,6 +319,7 @@ def guarded(value):
 
 import native_build
 from peftkern import native, registry
+from peftkern.testing import map_tensors
 
 isa = {isa!r}
 module = native_build.load() if isa == "avx512-emulated" else native.kernels()
@@ -336,7 +331,7 @@ for name, spec in registry.specs().items():
     rows = [row for row in registry.implementations(name) if row.backend == "native"]
     for row, dtype in ((row, dtype) for row in rows for dtype in spec.dtypes):
         for sample in spec.samples(dtype):
-            args = [guarded(arg) for arg in sample.args]
+            args = map_tensors(guarded, sample.args)
             torch.empty = guarded_empty
             torch.empty_like = lambda x, dtype=None: guarded_empty(x.shape, dtype=dtype or x.dtype)
             row.fn(*args)

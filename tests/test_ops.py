@@ -13,7 +13,7 @@ import torch
 
 import peftkern as pk
 from peftkern import registry
-from peftkern.testing import assert_error_rule, assert_same_bits
+from peftkern.testing import assert_error_rule, assert_same_bits, map_tensors, tensors_of
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -48,13 +48,9 @@ def _on(value: Any, device: str) -> Any:
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
-def _outputs(result: Any) -> list[torch.Tensor]:
-    return [result] if isinstance(result, torch.Tensor) else list(result)
-
-
-def _shifted(value: Any) -> Any:
+def _shifted(value: torch.Tensor) -> torch.Tensor:
     """The same values one element further into a buffer: contiguous, but aligned to nothing."""
-    if not isinstance(value, torch.Tensor) or not value.is_contiguous():
+    if not value.is_contiguous():
         return value
     buffer = value.new_empty(value.numel() + 1)
     buffer[1:] = value.reshape(-1)
@@ -62,7 +58,7 @@ def _shifted(value: Any) -> Any:
 
 
 def _run(name: str, args: tuple[Any, ...]) -> list[torch.Tensor]:
-    return _outputs(getattr(torch.ops.peftkern, name)(*args))
+    return tensors_of(getattr(torch.ops.peftkern, name)(*args))
 
 
 @pytest.mark.parametrize(("device", "name", "backend", "dtype"), list(_cells()))
@@ -79,8 +75,8 @@ def test_matches_reference(device: str, name: str, backend: str, dtype: torch.dt
         with pk.use_backend("reference"):
             expected = _run(name, sample.args)
         for layout, args in (
-            ("plain", tuple(_on(a, device) for a in sample.args)),
-            ("shifted", tuple(_shifted(_on(a, device)) for a in sample.args)),
+            ("plain", _on(sample.args, device)),
+            ("shifted", map_tensors(_shifted, _on(sample.args, device))),
         ):
             with pk.use_backend(backend):
                 actual = _run(name, args)
@@ -97,9 +93,9 @@ def test_matches_reference(device: str, name: str, backend: str, dtype: torch.dt
                 if spec.tolerance == "exact":
                     assert_same_bits(got, want, where)
                     continue
-                truth = _outputs(spec.reference(*sample.args, compute=torch.float64))[i]
+                truth = tensors_of(spec.reference(*sample.args, compute=torch.float64))[i]
                 assert spec.baseline is not None
-                plain = _outputs(spec.baseline(*sample.args))[i]
+                plain = tensors_of(spec.baseline(*sample.args))[i]
                 assert_error_rule(got, truth, plain, spec.factor, where)
     assert ran, f"{backend} refused every sample of {name} in {dtype}"
 

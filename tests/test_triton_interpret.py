@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from peftkern import registry
-from peftkern.testing import assert_error_rule, assert_same_bits
+from peftkern.testing import assert_error_rule, assert_same_bits, map_tensors, tensors_of
 
 pytest.importorskip("triton")
 
@@ -35,13 +35,9 @@ def _family(row: registry.Implementation) -> str:
     return row.fn.__module__.split(".")[-2]
 
 
-def _outputs(result: Any) -> list[torch.Tensor]:
-    return [result] if isinstance(result, torch.Tensor) else list(result)
-
-
-def _shifted(value: Any) -> Any:
+def _shifted(value: torch.Tensor) -> torch.Tensor:
     """The same values one element further into a buffer: contiguous, but aligned to nothing."""
-    if not isinstance(value, torch.Tensor) or not value.is_contiguous():
+    if not value.is_contiguous():
         return value
     buffer = value.new_empty(value.numel() + 1)
     buffer[1:] = value.reshape(-1)
@@ -51,8 +47,8 @@ def _shifted(value: Any) -> Any:
 def _compare(
     spec: registry.OpSpec, fn: Any, sample: registry.Sample, args: tuple[Any, ...]
 ) -> None:
-    expected = _outputs(spec.reference(*sample.args))
-    actual = _outputs(fn(*args))
+    expected = tensors_of(spec.reference(*sample.args))
+    actual = tensors_of(fn(*args))
     assert len(actual) == len(expected)
     for i, (got, want) in enumerate(zip(actual, expected, strict=True)):
         where = f"{spec.name} {sample.name} output {i}"
@@ -61,8 +57,8 @@ def _compare(
             assert_same_bits(got, want, where)
             continue
         assert spec.baseline is not None
-        truth = _outputs(spec.reference(*sample.args, compute=torch.float64))[i]
-        plain = _outputs(spec.baseline(*sample.args))[i]
+        truth = tensors_of(spec.reference(*sample.args, compute=torch.float64))[i]
+        plain = tensors_of(spec.baseline(*sample.args))[i]
         assert_error_rule(got, truth, plain, spec.factor, where)
 
 
@@ -79,7 +75,7 @@ def _run_family(family: str) -> dict[str, dict[str, Any]]:
         for dtype in spec.dtypes:
             failures, ran = [], 0
             for i, sample in enumerate(spec.samples(dtype)):
-                args = tuple(_shifted(a) for a in sample.args) if i % 2 else sample.args
+                args = map_tensors(_shifted, sample.args) if i % 2 else sample.args
                 ran += 1
                 try:
                     _compare(spec, row.fn, sample, args)

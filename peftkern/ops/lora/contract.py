@@ -31,7 +31,8 @@ _CASES = (
 )
 
 
-def _randn(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+def randn(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    """Normal values that depend on the seed alone."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
@@ -45,6 +46,7 @@ def check_base(
     blocksize: int,
     out_features: int,
 ) -> None:
+    """The activations and a frozen base [out_features, in] that fits them."""
     checks.float_matrix("x", x)
     checks.same_device("x", x, weight=weight, absmax=absmax)
     in_features = x.shape[1]
@@ -69,7 +71,8 @@ def check_base(
     checks.statistics_4bit(weight, absmax, nested_absmax, nested_offset, blocksize, numel)
 
 
-def _check_adapter(x: Tensor, lora_A: Tensor, lora_B: Tensor, out_features: int) -> None:
+def check_adapter(x: Tensor, lora_A: Tensor, lora_B: Tensor, out_features: int) -> None:
+    """A pair of adapter matrices that fits the activations."""
     wide = torch.promote_types(x.dtype, torch.float32)
     for name, value in (("lora_A", lora_A), ("lora_B", lora_B)):
         checks.dtype_in(name, value, (x.dtype, wide))
@@ -101,7 +104,7 @@ def _check_forward(
 ) -> None:
     statistics = (absmax, nested_absmax, nested_offset)
     check_base(x, weight, *statistics, format, blocksize, out_features)
-    _check_adapter(x, lora_A, lora_B, out_features)
+    check_adapter(x, lora_A, lora_B, out_features)
     checks.bias_like(x, bias, out_features)
     checks.dropout_arguments(x, dropout_p, seed)
 
@@ -130,14 +133,15 @@ def _fake_forward(
 def base_sample(
     format: str, n: int, k: int, blocksize: int, nested: bool, dtype: torch.dtype, seed: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, str, int]:
+    """A random base in a storage format ("dense_t": dense, stored transposed)."""
     if format == "int8":
         codes, scb = bundles_8bit((n, k), seed)
         return codes, scb, None, None, "int8", 0
     if format in ("nf4", "fp4"):
         return *bundles_4bit((n, k), format, blocksize, nested, seed), format, blocksize
     if format == "dense_t":
-        return (_randn((k, n), dtype, seed) * 0.1).t(), None, None, None, "dense", 0
-    return _randn((n, k), dtype, seed) * 0.1, None, None, None, "dense", 0
+        return (randn((k, n), dtype, seed) * 0.1).t(), None, None, None, "dense", 0
+    return randn((n, k), dtype, seed) * 0.1, None, None, None, "dense", 0
 
 
 def _name(case: tuple[int, int, int, int, str, int, bool, bool, float, bool]) -> str:
@@ -152,14 +156,14 @@ def _samples_forward(dtype: torch.dtype) -> Iterator[Sample]:
         m, n, k, r, format, blocksize, nested, has_bias, p, master = case
         base = base_sample(format, n, k, blocksize, nested, dtype, i)
         adapter = torch.promote_types(dtype, torch.float32) if master else dtype
-        a, b = _randn((r, k), adapter, i + 2) * 0.1, _randn((n, r), adapter, i + 3)
-        bias = _randn((n,), dtype, i + 1) if has_bias else None
+        a, b = randn((r, k), adapter, i + 2) * 0.1, randn((n, r), adapter, i + 3)
+        bias = randn((n,), dtype, i + 1) if has_bias else None
         seed = torch.tensor([i * 977 - 5]) if p else None
-        x = _randn((m, k), dtype, i)
+        x = randn((m, k), dtype, i)
         yield Sample(_name(case), (x, *base, n, bias, a, b, 0.5 + i, p, seed))
 
 
-def _baseline_forward(
+def baseline_forward(
     x: Tensor,
     weight: Tensor,
     absmax: Tensor | None,
@@ -175,6 +179,7 @@ def _baseline_forward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """The forward pass op by op in eager torch."""
     statistics = (absmax, nested_absmax, nested_offset)
     shape = [out_features, x.shape[1]]
     w = reference.base_weight(weight, *statistics, format, blocksize, shape, x.dtype)
@@ -196,7 +201,7 @@ define_op(
         reference=reference.lora_linear,
         samples=_samples_forward,
         tolerance="error_rule",
-        baseline=_baseline_forward,
+        baseline=baseline_forward,
         bench=("lora",),
     )
 )
@@ -225,7 +230,7 @@ def _check_backward(
     out_features = dy.shape[1]
     statistics = (absmax, nested_absmax, nested_offset)
     check_base(x, weight, *statistics, format, blocksize, out_features)
-    _check_adapter(x, lora_A, lora_B, out_features)
+    check_adapter(x, lora_A, lora_B, out_features)
     checks.shape_is("dy", dy, (x.shape[0], out_features))
     checks.dtype_in("s", s, (torch.promote_types(x.dtype, torch.float32),))
     checks.contiguous("s", s)
@@ -261,8 +266,8 @@ def _fake_backward(
 def _samples_backward(dtype: torch.dtype) -> Iterator[Sample]:
     for i, sample in enumerate(_samples_forward(dtype)):
         x, *base, n, _, a, b, scaling, p, seed = sample.args
-        dy = _randn((x.shape[0], n), dtype, i + 9)
-        s = _randn((x.shape[0], a.shape[0]), torch.promote_types(dtype, torch.float32), i + 8)
+        dy = randn((x.shape[0], n), dtype, i + 9)
+        s = randn((x.shape[0], a.shape[0]), torch.promote_types(dtype, torch.float32), i + 8)
         needs = ((True, True), (True, False), (False, True))[i % 3]
         args = (dy, x, s, *base, a, b, scaling, p, seed, *needs)
         yield Sample(sample.name, args)
@@ -270,7 +275,7 @@ def _samples_backward(dtype: torch.dtype) -> Iterator[Sample]:
             yield Sample(sample.name + "-all", (*args[:-2], True, True))
 
 
-def _baseline_backward(
+def baseline_backward(
     dy: Tensor,
     x: Tensor,
     s: Tensor,
@@ -288,6 +293,7 @@ def _baseline_backward(
     need_dx: bool,
     need_dab: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward pass op by op in eager torch."""
     kind = lora_A.dtype
     ds = dy.to(kind) @ lora_B * scaling
     dx, da, db = x.new_empty(0), lora_A.new_empty(0), lora_B.new_empty(0)
@@ -319,7 +325,7 @@ define_op(
         reference=reference.lora_linear_backward,
         samples=_samples_backward,
         tolerance="error_rule",
-        baseline=_baseline_backward,
+        baseline=baseline_backward,
         factor=2.0,
         bench=("lora",),
     )

@@ -1,0 +1,1 @@
+"""A frozen linear with a low-rank term and learned row magnitudes (DoRA)."""

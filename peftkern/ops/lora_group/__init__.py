@@ -1,0 +1,1 @@
+"""Frozen linears with low-rank terms that share their input."""

@@ -1,0 +1,1 @@
+"""A frozen linear with a different low-rank term for each row."""
