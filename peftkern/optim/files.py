@@ -15,12 +15,16 @@ import os
 import struct
 import tempfile
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-_MAGIC = b"PKPAGES1"
+from peftkern.optim import checksum
+
+# Version 1 had no field "checksum" in its records: it was "crc32" always.
+_MAGICS = (b"PKPAGES2", b"PKPAGES1")
 _HEADER = struct.Struct("<8sQQI")  # magic, sequence number, payload length, CRC of the rest
 PAGE = 4096
+_PIECE = 256 << 10  # bytes that are moved and summed while they are in the cache
 
 
 class PagingError(OSError):
@@ -44,7 +48,13 @@ class Disk:
 
     def sync(self, fd: int) -> None:
         """Make what was written durable."""
-        os.fsync(fd)
+        os.fdatasync(fd)
+
+    def start_writing(self, fd: int, offset: int, length: int) -> None:
+        """Have the system begin to write out, so that :meth:`sync` finds little left to do."""
+        # What this drops is clean pages; dirty ones it hands to the disk, and they stay cached.
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
 
     def allocate(self, fd: int, size: int) -> None:
         """Reserve space, so that a full disk shows before anything depends on it."""
@@ -85,10 +95,11 @@ class Record:
     Args:
         layout: fingerprint of the parameters and their places.
         slots: slot of each bucket; -1 where the state is still all zeros.
-        checksums: CRC-32 of each bucket's bytes.
+        checksums: of each bucket's bytes.
         steps: step number of each parameter; -1 for parameters without state.
         bucket_bytes: size that the buckets were made for.
         seeds: of stochastic rounding, for each group; empty without it.
+        checksum: name of the function that gave ``checksums``.
     """
 
     layout: str
@@ -97,6 +108,7 @@ class Record:
     steps: list[int]
     bucket_bytes: int
     seeds: list[int]
+    checksum: str = "crc32"
 
 
 class StateFiles:
@@ -118,6 +130,7 @@ class StateFiles:
         self._journal: list[int] = []
         self._sequence = 0
         self._fds: list[int] = []
+        self._use(checksum.preferred())
         if directory is None:
             fd, name = tempfile.mkstemp(prefix="peftkern-pages-")
             os.unlink(name)
@@ -134,6 +147,9 @@ class StateFiles:
                 f"page_dir: {directory} is in use by another optimizer; give each its own"
             ) from error
         self._journal = [self._open(directory / f"journal.{i}") for i in (0, 1)]
+
+    def _use(self, name: str) -> None:
+        self._checksum_name, self._checksum = name, checksum.find(name)
 
     def _open(self, path: Path) -> int:
         fd = self._disk.open(path)
@@ -160,26 +176,37 @@ class StateFiles:
 
     def write_slot(self, bucket: int, slot: int, data: memoryview) -> int:
         """Write a bucket; returns its checksum."""
-        _write_all(self._disk, self._data, data, self._offset(bucket, slot))
-        return zlib.crc32(data)
+        offset, value = self._offset(bucket, slot), 0
+        for at in range(0, len(data), _PIECE):
+            piece = data[at : at + _PIECE]
+            value = self._checksum(piece, value)
+            _write_all(self._disk, self._data, piece, offset + at)
+        if self.persistent:
+            self._disk.start_writing(self._data, offset, len(data))
+        return value
 
-    def read_slot(self, bucket: int, slot: int, into: memoryview, checksum: int) -> None:
+    def read_slot(self, bucket: int, slot: int, into: memoryview, expected: int) -> None:
         """Read a bucket and check it.
 
         Raises:
             PagingError: the bytes are not those that were written.
         """
-        _read_all(self._disk, self._data, into, self._offset(bucket, slot))
-        if zlib.crc32(into) != checksum:
+        offset, value = self._offset(bucket, slot), 0
+        for at in range(0, len(into), _PIECE):
+            piece = into[at : at + _PIECE]
+            _read_all(self._disk, self._data, piece, offset + at)
+            value = self._checksum(piece, value)
+        if value != expected:
             raise PagingError(f"bucket {bucket}: checksum differs; the file was damaged")
 
     def commit(self, record: Record) -> None:
         """Make the written slots the ones that a restart finds."""
         self._disk.sync(self._data)
+        record = replace(record, checksum=self._checksum_name)
         payload = json.dumps(asdict(record)).encode()
         sequence = self._sequence + 1
         rest = struct.pack("<QQ", sequence, len(payload)) + payload
-        frame = _HEADER.pack(_MAGIC, sequence, len(payload), zlib.crc32(rest)) + payload
+        frame = _HEADER.pack(_MAGICS[0], sequence, len(payload), zlib.crc32(rest)) + payload
         fd = self._journal[sequence % 2]
         _write_all(self._disk, fd, memoryview(frame), 0)
         self._disk.truncate(fd, len(frame))
@@ -201,6 +228,13 @@ class StateFiles:
         if self.directory is None:
             return None
         self._sequence, record = newest_record(self.directory)
+        if record is not None:
+            try:
+                self._use(record.checksum)  # what is on disk decides
+            except ValueError as error:
+                raise PagingError(
+                    f"page_dir: {self.directory} cannot be checked: {error}"
+                ) from error
         return record
 
 
@@ -231,6 +265,6 @@ def _parse(raw: bytes) -> tuple[int, Record] | None:
     magic, sequence, length, checksum = _HEADER.unpack_from(raw)
     payload = raw[_HEADER.size : _HEADER.size + length]
     rest = struct.pack("<QQ", sequence, length) + payload
-    if magic != _MAGIC or len(payload) != length or zlib.crc32(rest) != checksum:
+    if magic not in _MAGICS or len(payload) != length or zlib.crc32(rest) != checksum:
         return None
     return sequence, Record(**json.loads(payload))

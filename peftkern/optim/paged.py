@@ -121,7 +121,7 @@ class PagedOptimizer(BlockOptimizer):
             if record is not None:
                 bucket_bytes = record.bucket_bytes
             elif ram_budget is not None:
-                bucket_bytes = max(_SMALLEST_BUCKET, min(_BUCKET, ram_budget // 8 // 4096 * 4096))
+                bucket_bytes = max(_SMALLEST_BUCKET, min(_BUCKET, ram_budget // 16 // 4096 * 4096))
         if bucket_bytes < 4096:
             raise ValueError(f"bucket_bytes: got {bucket_bytes}, expected at least 4096")
         self._bucket_bytes, self._keep = bucket_bytes, keep_parameters
@@ -301,8 +301,12 @@ class PagedOptimizer(BlockOptimizer):
 
     def _advance(self, work: list[Work], factor: float) -> None:
         super()._advance(work, factor)
+        commit = self._commits_now()
         self._runs += 1
-        self._end(commit=self._runs % self._commit_every == 0)
+        self._end(commit=commit)
+
+    def _commits_now(self) -> bool:
+        return (self._runs + 1) % self._commit_every == 0
 
     def _run(self, work: list[Work], hyper: Tensor) -> list[int]:
         self._ensure_layout([item.index for item in work])
@@ -315,7 +319,7 @@ class PagedOptimizer(BlockOptimizer):
         if self._runs % 2:
             order.reverse()  # starts with the buckets that the last step ended with
         skipped = [0] * len(work)
-        self.pager.begin(order)
+        self.pager.begin(order, commit=self._commits_now())
         for number in order:
             bucket = self.pager.acquire(number)
             segments = [s for s in self._by_bucket[number] if s.parameter in row_of]

@@ -1,8 +1,9 @@
 """Buckets of optimizer state in RAM up to a budget, the rest in a file.
 
 A fixed part of the budget keeps the same buckets in RAM; the rest is a few buffers through which
-the others pass: one is being updated, the next is being read, the last is being written. One
-background thread does the reading and writing, in the order in which it is asked.
+the others pass: one is being updated, the next ones are being read, the last ones are being
+written. One background thread reads and another one writes and commits, each in the order in which
+it is asked, so that no read waits behind a sync.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from torch import Tensor
 from peftkern.optim.files import PAGE, Disk, PagingError, Record, StateFiles
 
 _LOG = logging.getLogger("peftkern")
-_STREAM = 3  # buffers that buckets pass through: update, read ahead, write behind
+_STREAM = 6  # buffers that buckets pass through, where the budget holds more than twice as many
+_AHEAD = 2  # buckets that are read ahead
 _HISTORY = 1000  # steps of which the report keeps the figures
 
 __all__ = ["Pager", "PagingError"]
@@ -41,16 +43,17 @@ class _Bucket:
     committed: int = -1
     reading: Future[None] | None = None
     writing: Future[tuple[int, int]] | None = None
+    ticket: int = 0  # orders the writes that are under way
 
 
 def _view(buffer: Tensor, size: int) -> memoryview:
     return memoryview(buffer.numpy()[:size])  # type: ignore[arg-type]
 
 
-def _shut(pid: int, threads: list[ThreadPoolExecutor], files: StateFiles) -> None:
+def _shut(pid: int, threads: dict[str, ThreadPoolExecutor], files: StateFiles) -> None:
     """Let the background finish, then close; a forked child leaves its parent's files alone."""
     if os.getpid() == pid:
-        for thread in threads:
+        for thread in threads.values():
             thread.shutdown(wait=True)
         files.close()
 
@@ -77,9 +80,11 @@ class Pager:
         self._buckets: list[_Bucket] = []
         self._disk = disk
         self._files = None if directory is None else StateFiles(directory, self._stride, disk)
-        self._threads: list[ThreadPoolExecutor] = []  # none or one
+        self._threads: dict[str, ThreadPoolExecutor] = {}  # "read" and "write", once needed
         self._failure: BaseException | None = None
-        self._commit: Future[Record] | None = None
+        self._committing: deque[Future[Record]] = deque()
+        self._durable = False  # whether the present step will be committed
+        self._tickets = 0
         self._free: list[Tensor] = []
         self._allocated = 0
         self._order: deque[int] = deque()
@@ -126,8 +131,13 @@ class Pager:
             bucket.slot = bucket.committed = slot
             bucket.checksum = checksum
 
-    def begin(self, order: Sequence[int]) -> None:
+    def begin(self, order: Sequence[int], *, commit: bool = False) -> None:
         """Announce the buckets that will be acquired, in their order.
+
+        Args:
+            order: their numbers.
+            commit: whether :meth:`end` will commit: then every changed bucket is written as soon
+                as it is released, while the others are still being updated.
 
         Raises:
             PagingError: writing behind an earlier step failed. Its state is whole in RAM, the
@@ -135,7 +145,11 @@ class Pager:
         """
         self._check()
         self._stall_before = self._stall
-        self.settle()
+        # The commit itself may go on: later writes queue behind it.
+        self._settle_writes()
+        self._collect_commits(wait=self._failure is not None)
+        self._raise_failure()
+        self._durable = commit and self.persistent
         self._order = deque(order)
         self._read_ahead()
 
@@ -178,7 +192,7 @@ class Pager:
         bucket = self._buckets[index]
         bucket.in_use = False
         bucket.dirty |= dirty
-        if not self._kept(index):
+        if self._durable or not self._kept(index):
             self._write_behind(index)
 
     def end(self, about: Record, *, commit: bool) -> None:
@@ -191,7 +205,7 @@ class Pager:
         if commit and self._files is not None and self._files.persistent:
             for index in range(len(self._buckets)):
                 self._write_behind(index)
-            files, buckets = self._files, self._buckets
+            files, buckets = self._files, list(self._buckets)
             pending = [(b.writing, b.slot, b.checksum) for b in buckets]
 
             def write_record() -> Record:
@@ -203,9 +217,12 @@ class Pager:
                     about, slots=[p[0] for p in places], checksums=[p[1] for p in places]
                 )
                 files.commit(record)
+                for bucket, slot in zip(buckets, record.slots, strict=False):
+                    bucket.committed = slot
                 return record
 
-            self._commit = self._submit(write_record)
+            self._committing.append(self._submit("write", write_record))
+        self._durable = False
         self._steps.append((self._stall - self._stall_before, self.resident_bytes()))
 
     def settle(self) -> None:
@@ -215,25 +232,9 @@ class Pager:
             PagingError: something could not be written; nothing is lost, see :meth:`begin`.
         """
         self._check()
-        for bucket in self._buckets:
-            if bucket.writing is not None:
-                self._wait(bucket.writing)
-                self._finish_write(bucket)
-        failure, self._failure = self._failure, None
-        if self._commit is not None:
-            self._wait(self._commit)
-            commit, self._commit = self._commit, None
-            failure = commit.exception() or failure
-            if commit.exception() is None:
-                self._commits += 1
-                for bucket, slot in zip(self._buckets, commit.result().slots, strict=False):
-                    bucket.committed = slot
-        if failure is not None:
-            raise PagingError(
-                f"optimizer state could not be written ({failure}). The step itself was done: its "
-                "state is whole in memory, and the last commit is whole on disk. Make room and go "
-                "on: the next step writes again"
-            ) from failure
+        self._settle_writes()
+        self._collect_commits(wait=True)
+        self._raise_failure()
 
     def set_budget(self, ram_budget: int | None) -> None:
         """Change the RAM budget; what no longer fits is written out at once.
@@ -292,6 +293,31 @@ class Pager:
             ],
         }
 
+    def _settle_writes(self) -> None:
+        for bucket in self._buckets:
+            if bucket.writing is not None:
+                self._wait(bucket.writing)
+                self._finish_write(bucket)
+
+    def _collect_commits(self, *, wait: bool) -> None:
+        while self._committing and (wait or self._committing[0].done()):
+            commit = self._committing.popleft()
+            self._wait(commit)
+            error = commit.exception()
+            if error is None:
+                self._commits += 1
+            else:
+                self._failure = error
+
+    def _raise_failure(self) -> None:
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise PagingError(
+                f"optimizer state could not be written ({failure}). The step itself was done: its "
+                "state is whole in memory, and the last commit is whole on disk. Make room and go "
+                "on: the next step writes again"
+            ) from failure
+
     # -- RAM --------------------------------------------------------------------------------------
 
     def _check_budget(self, ram_budget: int | None) -> None:
@@ -309,7 +335,7 @@ class Pager:
 
     def _kept(self, index: int) -> bool:
         capacity = self._capacity()
-        return capacity >= len(self._buckets) or index < capacity - _STREAM
+        return capacity >= len(self._buckets) or index < capacity - min(_STREAM, max(3, capacity // 2))
 
     def _take_buffer(self, *, block: bool) -> Tensor | None:
         """A buffer that holds nothing of value; None (only if not ``block``) when there is none."""
@@ -339,8 +365,9 @@ class Pager:
                     # Writing failed: rather exceed the budget than lose state.
                     _LOG.warning("optimizer state exceeds its RAM budget: it cannot be written")
                     return self._allocate()
-                assert waiting[0].writing is not None
-                self._wait(waiting[0].writing)
+                oldest = min(waiting, key=lambda bucket: bucket.ticket)
+                assert oldest.writing is not None
+                self._wait(oldest.writing)
 
     def _evict_ahead(self) -> bool:
         """Give up a clean bucket that was read ahead or comes late in this step."""
@@ -391,7 +418,7 @@ class Pager:
         assert self._files is not None
         files, slot, checksum = self._files, bucket.slot, bucket.checksum
         into = _view(buffer, bucket.size)
-        bucket.reading = self._submit(lambda: files.read_slot(index, slot, into, checksum))
+        bucket.reading = self._submit("read", lambda: files.read_slot(index, slot, into, checksum))
         self._counts["bytes_read"] += bucket.size
 
     def _read_ahead(self) -> None:
@@ -406,19 +433,24 @@ class Pager:
                     return
                 self._fetch(index, buffer)
                 started += 1
-            if started >= _STREAM - 1:
+            if started >= _AHEAD:
                 return
 
     def _write_behind(self, index: int) -> None:
         bucket = self._buckets[index]
         if self._files is None or not bucket.dirty or bucket.writing or bucket.buffer is None:
             return
-        files, slot = self._files, 1 - bucket.committed if bucket.committed >= 0 else 0
-        if not files.persistent:
-            slot = 0
-        data = _view(bucket.buffer, bucket.size)
+        files, data = self._files, _view(bucket.buffer, bucket.size)
+
+        def write() -> tuple[int, int]:
+            # Asked here because commits run on this thread: the last one is known by now.
+            slot = 1 - bucket.committed if files.persistent and bucket.committed >= 0 else 0
+            return slot, files.write_slot(index, slot, data)
+
         bucket.dirty = False
-        bucket.writing = self._submit(lambda: (slot, files.write_slot(index, slot, data)))
+        self._tickets += 1
+        bucket.ticket = self._tickets
+        bucket.writing = self._submit("write", write)
         self._counts["bytes_written"] += bucket.size
 
     def _finish_write(self, bucket: _Bucket) -> None:
@@ -432,10 +464,10 @@ class Pager:
             bucket.dirty = True
             self._failure = error
 
-    def _submit(self, work: Callable[[], Any]) -> Future[Any]:
-        if not self._threads:
-            self._threads.append(ThreadPoolExecutor(1, thread_name_prefix="peftkern-pager"))
-        return self._threads[0].submit(work)
+    def _submit(self, kind: str, work: Callable[[], Any]) -> Future[Any]:
+        if kind not in self._threads:
+            self._threads[kind] = ThreadPoolExecutor(1, thread_name_prefix=f"peftkern-{kind}")
+        return self._threads[kind].submit(work)
 
     def _wait(self, future: Future[Any]) -> None:
         if not future.done():
