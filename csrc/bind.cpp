@@ -327,5 +327,5 @@ PYBIND11_MODULE(_C, m) {
     m.def("build_info", &build_info);
     m.def("openmp_info", &openmp_info);
     m.def("tables", &tables);
-    bind_checksum(m);
+    bind_pages(m);
 }

@@ -1,6 +1,6 @@
 """The compiled module ``peftkern._C``: whether it is there, why not, and what it was built with.
 
-Only ``peftkern/ops/*/cpu.py`` and, for checksums, ``peftkern/optim/checksum.py`` call into it.
+Only ``peftkern/ops/*/cpu.py`` and, for pages on disk, ``peftkern/optim/files.py`` call into it.
 """
 
 from __future__ import annotations

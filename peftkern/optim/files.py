@@ -15,16 +15,17 @@ import os
 import struct
 import tempfile
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from peftkern.optim import checksum
+from peftkern import native
 
 # Version 1 had no field "checksum" in its records: it was "crc32" always.
 _MAGICS = (b"PKPAGES2", b"PKPAGES1")
 _HEADER = struct.Struct("<8sQQI")  # magic, sequence number, payload length, CRC of the rest
 PAGE = 4096
-_PIECE = 256 << 10  # bytes that are moved and summed while they are in the cache
+_PIECE = 1 << 20  # bytes that are moved and summed while they are in the cache
 
 
 class PagingError(OSError):
@@ -68,6 +69,68 @@ class Disk:
     def truncate(self, fd: int, size: int) -> None:
         """Cut the file to ``size`` bytes."""
         os.ftruncate(fd, size)
+
+    def write_page(self, fd: int, data: memoryview, offset: int, checksum: str) -> int:
+        """Write all of it; returns its checksum."""
+        function, value = find_checksum(checksum), 0
+        for at in range(0, len(data), _PIECE):
+            piece = data[at : at + _PIECE]
+            value = function(piece, value)
+            _write_all(self, fd, piece, offset + at)
+        return value
+
+    def read_page(self, fd: int, into: memoryview, offset: int, checksum: str) -> int:
+        """Read until ``into`` is full; returns the checksum of what was read."""
+        function, value = find_checksum(checksum), 0
+        for at in range(0, len(into), _PIECE):
+            piece = into[at : at + _PIECE]
+            _read_all(self, fd, piece, offset + at)
+            value = function(piece, value)
+        return value
+
+
+class NativeDisk(Disk):
+    """A disk whose pages are moved by one native call each, which needs no interpreter lock."""
+
+    def write_page(self, fd: int, data: memoryview, offset: int, checksum: str) -> int:
+        """As in :class:`Disk`."""
+        if checksum != "crc32c":
+            return super().write_page(fd, data, offset, checksum)
+        return int(native.kernels().write_page(fd, data, offset))
+
+    def read_page(self, fd: int, into: memoryview, offset: int, checksum: str) -> int:
+        """As in :class:`Disk`."""
+        if checksum != "crc32c":
+            return super().read_page(fd, into, offset, checksum)
+        return int(native.kernels().read_page(fd, into, offset))
+
+
+def preferred_checksum() -> str:
+    """The checksum of new files: CRC-32C where the native module is, else zlib's CRC-32."""
+    return "crc32c" if native.available() else "crc32"
+
+
+def find_checksum(name: str) -> Callable[[memoryview, int], int]:
+    """The function for a name found in a file; it takes data and the checksum of what precedes it.
+
+    Raises:
+        ValueError: this installation does not have it.
+    """
+    if name == "crc32":
+        return zlib.crc32
+    if name != "crc32c":
+        raise ValueError(f"checksum: got {name!r}, expected 'crc32' or 'crc32c'")
+    if not native.available():
+        raise ValueError(
+            f"checksum: 'crc32c' needs the native module, which is absent ({native.reason()})"
+        )
+    function: Callable[[memoryview, int], int] = native.kernels().crc32c
+    return function
+
+
+def default_disk() -> Disk:
+    """The disk that optimizers use unless they are given one."""
+    return NativeDisk() if native.available() else Disk()
 
 
 def _write_all(disk: Disk, fd: int, data: memoryview, offset: int) -> None:
@@ -130,7 +193,7 @@ class StateFiles:
         self._journal: list[int] = []
         self._sequence = 0
         self._fds: list[int] = []
-        self._use(checksum.preferred())
+        self._checksum = preferred_checksum()
         if directory is None:
             fd, name = tempfile.mkstemp(prefix="peftkern-pages-")
             os.unlink(name)
@@ -147,9 +210,6 @@ class StateFiles:
                 f"page_dir: {directory} is in use by another optimizer; give each its own"
             ) from error
         self._journal = [self._open(directory / f"journal.{i}") for i in (0, 1)]
-
-    def _use(self, name: str) -> None:
-        self._checksum_name, self._checksum = name, checksum.find(name)
 
     def _open(self, path: Path) -> int:
         fd = self._disk.open(path)
@@ -176,11 +236,8 @@ class StateFiles:
 
     def write_slot(self, bucket: int, slot: int, data: memoryview) -> int:
         """Write a bucket; returns its checksum."""
-        offset, value = self._offset(bucket, slot), 0
-        for at in range(0, len(data), _PIECE):
-            piece = data[at : at + _PIECE]
-            value = self._checksum(piece, value)
-            _write_all(self._disk, self._data, piece, offset + at)
+        offset = self._offset(bucket, slot)
+        value = self._disk.write_page(self._data, data, offset, self._checksum)
         if self.persistent:
             self._disk.start_writing(self._data, offset, len(data))
         return value
@@ -191,18 +248,14 @@ class StateFiles:
         Raises:
             PagingError: the bytes are not those that were written.
         """
-        offset, value = self._offset(bucket, slot), 0
-        for at in range(0, len(into), _PIECE):
-            piece = into[at : at + _PIECE]
-            _read_all(self._disk, self._data, piece, offset + at)
-            value = self._checksum(piece, value)
-        if value != expected:
+        offset = self._offset(bucket, slot)
+        if self._disk.read_page(self._data, into, offset, self._checksum) != expected:
             raise PagingError(f"bucket {bucket}: checksum differs; the file was damaged")
 
     def commit(self, record: Record) -> None:
         """Make the written slots the ones that a restart finds."""
         self._disk.sync(self._data)
-        record = replace(record, checksum=self._checksum_name)
+        record = replace(record, checksum=self._checksum)
         payload = json.dumps(asdict(record)).encode()
         sequence = self._sequence + 1
         rest = struct.pack("<QQ", sequence, len(payload)) + payload
@@ -230,11 +283,12 @@ class StateFiles:
         self._sequence, record = newest_record(self.directory)
         if record is not None:
             try:
-                self._use(record.checksum)  # what is on disk decides
+                find_checksum(record.checksum)
             except ValueError as error:
                 raise PagingError(
                     f"page_dir: {self.directory} cannot be checked: {error}"
                 ) from error
+            self._checksum = record.checksum  # what is on disk decides
         return record
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from peftkern.ops.optimizer.reference import BLOCK
 from peftkern.optim import interchange
 from peftkern.optim.base import BlockOptimizer, Params, Work
-from peftkern.optim.files import Disk, PagingError, Record, newest_record
+from peftkern.optim.files import Disk, PagingError, Record, default_disk, newest_record
 from peftkern.optim.pager import Pager
 
 _ALIGN = 64
@@ -51,12 +51,28 @@ class _Segment:
     bucket: int
     planes: tuple[_Plane, ...]
 
+    def part(self, whole: Tensor) -> Tensor:
+        """What this run covers of a contiguous parameter or gradient."""
+        if self.length == whole.numel():
+            return whole
+        return whole.view(-1)[self.start : self.start + self.length]
+
     def tensor(self, name: str, bucket: Tensor) -> Tensor | None:
         """One of ``state1``, ``state2``, ``absmax1``, ``absmax2``, ``param``; None if absent."""
         for plane in self.planes:
             if plane.name == name:
                 return plane.of(bucket)
         return None
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What a step does in one bucket."""
+
+    bucket: int
+    segments: list[_Segment]
+    rows: list[int]  # of each segment's parameter in the list of work
+    index: Tensor  # the same, int64
 
 
 class PagedOptimizer(BlockOptimizer):
@@ -128,9 +144,11 @@ class PagedOptimizer(BlockOptimizer):
         self._commit_every, self._runs = commit_every, 0
         self._segments: dict[int, list[_Segment]] = {}  # by index of the parameter
         self._by_bucket: list[list[_Segment]] = []
+        self._plan: tuple[list[int], list[_Share]] = ([], [])  # by indices of the work
+        self._views: dict[int, tuple[int, dict[str, list[Tensor]]]] = {}  # of buckets that stay
         self._pager: Pager | None = None
         super().__init__(params, *args, **kwargs)
-        self._pager = Pager(bucket_bytes, ram_budget, directory, disk or Disk())
+        self._pager = Pager(bucket_bytes, ram_budget, directory, disk or default_disk())
         if directory is not None:
             try:
                 self._open_directory(directory, resume)
@@ -171,6 +189,7 @@ class PagedOptimizer(BlockOptimizer):
 
     def _lay_out(self, indices: list[int]) -> None:
         """Give parameters their places: in order, cut at bucket ends, in multiples of 256."""
+        self._forget_plan()
         parameters = self._parameters()
         sizes: list[int] = []
         used = self._bucket_bytes  # never continues a bucket that the pager already has
@@ -308,63 +327,76 @@ class PagedOptimizer(BlockOptimizer):
     def _commits_now(self) -> bool:
         return (self._runs + 1) % self._commit_every == 0
 
+    def _forget_plan(self) -> None:
+        self._plan = ([], [])
+        self._views.clear()
+
+    def _shares(self, work: list[Work]) -> list[_Share]:
+        """The buckets that hold state of these parameters; most steps repeat the last one's."""
+        indices = [item.index for item in work]
+        if self._plan[0] != indices:
+            self._ensure_layout(indices)
+            self._forget_plan()
+            row_of = {index: i for i, index in enumerate(indices)}
+            shares = []
+            for number, segments in enumerate(self._by_bucket):
+                mine = [segment for segment in segments if segment.parameter in row_of]
+                if mine:
+                    rows = [row_of[segment.parameter] for segment in mine]
+                    shares.append(_Share(number, mine, rows, torch.tensor(rows)))
+            self._plan = (indices, shares)
+        return self._plan[1]
+
     def _run(self, work: list[Work], hyper: Tensor) -> list[int]:
-        self._ensure_layout([item.index for item in work])
-        row_of = {item.index: i for i, item in enumerate(work)}
-        order = [
-            number
-            for number, segments in enumerate(self._by_bucket)
-            if any(segment.parameter in row_of for segment in segments)
-        ]
+        shares = self._shares(work)
         if self._runs % 2:
-            order.reverse()  # starts with the buckets that the last step ended with
+            shares = shares[::-1]  # starts with the buckets that the last step ended with
         skipped = [0] * len(work)
-        self.pager.begin(order, commit=self._commits_now())
-        for number in order:
-            bucket = self.pager.acquire(number)
-            segments = [s for s in self._by_bucket[number] if s.parameter in row_of]
-            rows = [row_of[s.parameter] for s in segments]
-            self._update(bucket, segments, [work[i] for i in rows], hyper[rows], rows, skipped)
-            self.pager.release(number, dirty=True)
+        self.pager.begin([share.bucket for share in shares], commit=self._commits_now())
+        for share in shares:
+            bucket = self.pager.acquire(share.bucket)
+            self._update(share, bucket, work, hyper, skipped)
+            self.pager.release(share.bucket, dirty=True)
         return skipped
 
+    def _planes_of(self, share: _Share, bucket: Tensor) -> dict[str, list[Tensor]]:
+        """Views of a bucket by name, one a segment; kept for buckets that stay where they are."""
+        address, known = self._views.get(share.bucket, (0, {}))
+        if address == bucket.data_ptr():
+            return known
+        empty = torch.empty(0)
+        views = {}
+        for name in ("state1", "state2", "absmax1", "absmax2", "param"):
+            found = [segment.tensor(name, bucket) for segment in share.segments]
+            views[name] = [empty if plane is None else plane for plane in found]
+        if self.pager.keeps(share.bucket):
+            self._views[share.bucket] = (bucket.data_ptr(), views)
+        return views
+
     def _update(
-        self,
-        bucket: Tensor,
-        segments: list[_Segment],
-        items: list[Work],
-        hyper: Tensor,
-        rows: list[int],
-        skipped: list[int],
+        self, share: _Share, bucket: Tensor, work: list[Work], hyper: Tensor, skipped: list[int]
     ) -> None:
         two = self._options.rule == "adamw"
-        empty = hyper.new_empty(0)
-
-        def planes(name: str) -> list[Tensor]:
-            found = [segment.tensor(name, bucket) for segment in segments]
-            return [empty if plane is None else plane for plane in found]
-
-        pairs = list(zip(items, segments, strict=True))
-        params = [w.param.view(-1)[s.start : s.start + s.length] for w, s in pairs]
-        grads = [w.grad.view(-1)[s.start : s.start + s.length] for w, s in pairs]
+        views = self._planes_of(share, bucket)
+        items = [work[row] for row in share.rows]
+        pairs = list(zip(items, share.segments, strict=True))
+        params = [segment.part(item.param) for item, segment in pairs]
         result = torch.ops.peftkern.optimizer_step(
-            hyper,
+            hyper[share.index],
             params,
-            grads,
-            planes("state1"),
-            planes("state2") if two else [],
-            planes("absmax1"),
-            planes("absmax2") if two else [],
+            [segment.part(item.grad) for item, segment in pairs],
+            views["state1"],
+            views["state2"] if two else [],
+            views["absmax1"],
+            views["absmax2"] if two else [],
             self._options.rule,
-            self._rounding(items, [segment.start for segment in segments]),
+            self._rounding(items, [segment.start for segment in share.segments]),
         )
-        for row, blocks in zip(rows, result.tolist(), strict=True):
+        for row, blocks in zip(share.rows, result.tolist(), strict=True):
             skipped[row] += blocks
         if self._keep:
-            for param, segment in zip(params, segments, strict=True):
-                stored = segment.tensor("param", bucket)
-                assert stored is not None
-                stored.copy_(param)
+            for param, stored in zip(params, views["param"], strict=True):
+                stored.copy_(param.view(-1))
 
     # -- state ------------------------------------------------------------------------------------
 
@@ -425,6 +457,7 @@ class PagedOptimizer(BlockOptimizer):
             ValueError: it does not hold two buckets.
             PagingError: what has to leave RAM cannot be written.
         """
+        self._views.clear()
         self.pager.set_budget(ram_budget)
 
     def sync(self) -> None:
@@ -455,6 +488,7 @@ class PagedOptimizer(BlockOptimizer):
         Raises:
             PagingError: something could not be written.
         """
+        self._views.clear()
         self.pager.close()
 
     def __enter__(self) -> PagedOptimizer:

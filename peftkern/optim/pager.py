@@ -192,7 +192,7 @@ class Pager:
         bucket = self._buckets[index]
         bucket.in_use = False
         bucket.dirty |= dirty
-        if self._durable or not self._kept(index):
+        if self._durable or not self.keeps(index):
             self._write_behind(index)
 
     def end(self, about: Record, *, commit: bool) -> None:
@@ -248,11 +248,11 @@ class Pager:
         if self._capacity() < len(self._buckets) and self._files is None:
             self._reserve()
         for index, bucket in enumerate(self._buckets):
-            if not self._kept(index) and bucket.dirty:
+            if not self.keeps(index) and bucket.dirty:
                 self._write_behind(index)
         self.settle()
         for index, bucket in enumerate(self._buckets):
-            if self._allocated > self._capacity() and not self._kept(index):
+            if self._allocated > self._capacity() and not self.keeps(index):
                 self._drop(bucket)
         while self._free and self._allocated > self._capacity():
             self._free.pop()
@@ -282,7 +282,7 @@ class Pager:
             "resident_bytes": self.resident_bytes(),
             "ram_budget": self._budget,
             "buckets": len(self._buckets),
-            "kept_buckets": sum(self._kept(i) for i in range(len(self._buckets))),
+            "kept_buckets": sum(self.keeps(i) for i in range(len(self._buckets))),
             **self._counts,
             "hit_rate": self._counts["hits"] / seen if seen else 1.0,
             "stall_seconds": self._stall,
@@ -333,7 +333,8 @@ class Pager:
             return max(len(self._buckets), 1)
         return self._budget // self._stride
 
-    def _kept(self, index: int) -> bool:
+    def keeps(self, index: int) -> bool:
+        """Whether a bucket stays in RAM, at its place, under the present budget."""
         capacity = self._capacity()
         return capacity >= len(self._buckets) or index < capacity - min(_STREAM, max(3, capacity // 2))
 
@@ -349,7 +350,7 @@ class Pager:
             for index, bucket in enumerate(self._buckets):
                 if bucket.writing is not None and bucket.writing.done():
                     self._finish_write(bucket)
-                if bucket.buffer is None or bucket.in_use or bucket.reading or self._kept(index):
+                if bucket.buffer is None or bucket.in_use or bucket.reading or self.keeps(index):
                     continue
                 if bucket.writing is not None:
                     waiting.append(bucket)
@@ -374,7 +375,7 @@ class Pager:
         for index in reversed(range(len(self._buckets))):
             bucket = self._buckets[index]
             clean = not (bucket.dirty or bucket.in_use or bucket.writing)
-            if bucket.buffer is not None and clean and not self._kept(index):
+            if bucket.buffer is not None and clean and not self.keeps(index):
                 if bucket.reading is not None:
                     self._wait(bucket.reading)
                     bucket.reading = None
