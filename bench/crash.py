@@ -241,8 +241,9 @@ def process_kill(kind: str, seed: int, truth: list[list[torch.Tensor]]) -> str:
             time.sleep(rng.random() * 0.01)
             child.send_signal(signal.SIGKILL)
             begun = max([begun, *(int(line) + 1 for line in child.stdout.read().split())])
-        # The commit of a step may be in the background while the next one runs.
-        return check(kind, Path(folder), max(0, begun - 1), min(STEPS, begun + 1), truth)
+        # A step starts when the pages of the one before are written; the commits of both may still
+        # be under way.
+        return check(kind, Path(folder), max(0, begun - 2), min(STEPS, begun + 1), truth)
 
 
 def run(simulated: int, processes: int, seed: int) -> list[str]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
+import threading
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,9 @@ import torch
 from torch import nn
 
 from bench import crash
-from peftkern import optim
-from peftkern.optim.files import Disk, newest_record
+from peftkern import native, optim
+from peftkern.optim import files
+from peftkern.optim.files import Disk, NativeDisk, newest_record
 from peftkern.testing import assert_same_bits
 
 SMALL = {"ram_budget": 4 * 8192, "bucket_bytes": 8192}
@@ -227,3 +231,118 @@ def test_a_forked_child_leaves_the_pager_alone(tmp_path: Path) -> None:
     one_step(optimizer, params, 1)
     optimizer.close()
     assert_same_bits(params[0].detach(), unpaged(2))
+
+
+@pytest.mark.native
+def test_checksums_follow_the_standard() -> None:
+    """RFC 3720's example, and the instruction against tables over every remainder of a stretch."""
+    crc = native.kernels().crc32c
+    assert crc(b"123456789") == 0xE3069283
+    assert crc(bytes(32)) == 0x8A9136AA
+    data = torch.randint(0, 256, (20_000,), dtype=torch.uint8).numpy()
+    for n in (*range(40), 2047, 6143, 6144, 6145, 12_288, 12_301, 20_000):
+        assert (
+            crc(data[:n]) == crc(data[:n], 0, False) == crc(data[n // 3 : n], crc(data[: n // 3]))
+        )
+
+
+@pytest.mark.native
+def test_native_pages_are_those_of_the_portable_code(tmp_path: Path) -> None:
+    data = memoryview(torch.randint(0, 256, (3 << 20,), dtype=torch.uint8).numpy())[: (3 << 20) - 5]
+    fd = os.open(tmp_path / "page", os.O_RDWR | os.O_CREAT)
+    for write, read in ((Disk(), NativeDisk()), (NativeDisk(), Disk())):
+        for name in ("crc32", "crc32c"):
+            value = write.write_page(fd, data, 4096, name)
+            into = memoryview(bytearray(len(data)))
+            assert read.read_page(fd, into, 4096, name) == value
+            assert into == data
+    with pytest.raises(OSError, match=r"short read: .* bytes at offset 4096"):
+        NativeDisk().read_page(fd, memoryview(bytearray(4 << 20)), 4096, "crc32c")
+    os.close(fd)
+    for call in (NativeDisk().read_page, NativeDisk().write_page):
+        with pytest.raises(OSError, match="Bad file descriptor") as raised:
+            call(fd, memoryview(bytearray(8)), 0, "crc32c")
+        assert raised.value.errno == errno.EBADF
+
+
+def test_a_directory_keeps_the_checksum_that_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Installations with and without the native module share directories where they can."""
+    params = start()
+    settings: dict[str, Any] = {"page_dir": tmp_path, "keep_parameters": True, **SMALL}
+    with monkeypatch.context() as without:
+        without.setattr(files, "preferred_checksum", lambda: "crc32")
+        with optim.PagedAdamW(params, **settings) as optimizer:
+            one_step(optimizer, params, 0)
+    again = start()
+    with optim.PagedAdamW(again, **settings, resume=True) as optimizer:
+        one_step(optimizer, again, 1)
+    record = newest_record(tmp_path)[1]
+    assert record is not None
+    assert record.checksum == "crc32"
+    assert_same_bits(again[0].detach(), unpaged(2))
+    with pytest.raises(ValueError, match="checksum: got 'md5'"):
+        files.find_checksum("md5")
+    monkeypatch.setattr(files.native, "available", lambda: False)
+    with pytest.raises(ValueError, match="'crc32c' needs the native module"):
+        files.find_checksum("crc32c")
+
+
+def test_files_of_version_1_are_read(tmp_path: Path) -> None:
+    """They had another magic, and no name of a checksum because it was zlib's."""
+    params = start()
+    settings: dict[str, Any] = {"page_dir": tmp_path, "keep_parameters": True, **SMALL}
+    with pytest.MonkeyPatch.context() as old:
+        old.setattr(files, "preferred_checksum", lambda: "crc32")
+        old.setattr(files, "_MAGICS", files._MAGICS[::-1])
+        with optim.PagedAdamW(params, **settings) as optimizer:
+            one_step(optimizer, params, 0)
+    for journal in tmp_path.glob("journal.*"):
+        magic, sequence, _, _ = files._HEADER.unpack_from(journal.read_bytes())
+        assert magic == b"PKPAGES1"
+        payload = journal.read_bytes()[files._HEADER.size :]
+        payload = payload.replace(b', "checksum": "crc32"', b"")
+        rest = struct.pack("<QQ", sequence, len(payload)) + payload
+        header = files._HEADER.pack(magic, sequence, len(payload), zlib.crc32(rest))
+        journal.write_bytes(header + payload)
+    again = start()
+    with optim.PagedAdamW(again, **settings, resume=True) as optimizer:
+        one_step(optimizer, again, 1)
+    assert_same_bits(again[0].detach(), unpaged(2))
+
+
+def test_commits_go_on_while_the_next_step_runs(tmp_path: Path) -> None:
+    """A sync under way does not hold up the next step; when it fails, no state is lost."""
+
+    class GatedDisk(Disk):
+        fail = False
+
+        def sync(self, fd: int) -> None:
+            assert gate.wait(60)
+            if self.fail:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            super().sync(fd)
+
+    gate = threading.Event()
+    gate.set()
+    disk, params = GatedDisk(), start()
+    where: dict[str, Any] = {"page_dir": tmp_path, "keep_parameters": True}
+    optimizer = optim.PagedAdamW(params, disk=disk, bucket_bytes=8192, **where)
+    gate.clear()
+    one_step(optimizer, params, 0)
+    one_step(optimizer, params, 1)
+    record = newest_record(tmp_path)[1]
+    assert record is not None
+    assert record.steps == [-1], "neither step can be durable yet"
+    disk.fail = True
+    gate.set()
+    with pytest.raises(optim.PagingError, match="whole in memory"):
+        optimizer.sync()
+    disk.fail = False
+    one_step(optimizer, params, 2)
+    optimizer.close()
+    record = newest_record(tmp_path)[1]
+    assert record is not None
+    assert record.steps == [3]
+    assert_same_bits(params[0].detach(), unpaged(3))

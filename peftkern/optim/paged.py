@@ -88,7 +88,8 @@ class PagedOptimizer(BlockOptimizer):
         resume: take over the last commit found in ``page_dir``.
         keep_parameters: commits hold the parameters too, and ``resume`` restores them: a killed
             run goes on from its last commit without a checkpoint. Needs ``page_dir``.
-        commit_every: steps from commit to commit.
+        commit_every: steps from commit to commit. Commits end in the background: a kill loses at
+            most the steps since the last but one; :meth:`sync` waits for the last.
         bucket_bytes: size of a bucket; by default 32 MiB, less for small budgets.
         disk: file operations, for tests.
         kwargs: those of the optimizer it is mixed into.
@@ -144,6 +145,7 @@ class PagedOptimizer(BlockOptimizer):
         self._commit_every, self._runs = commit_every, 0
         self._segments: dict[int, list[_Segment]] = {}  # by index of the parameter
         self._by_bucket: list[list[_Segment]] = []
+        self._layout_hash = ""
         self._plan: tuple[list[int], list[_Share]] = ([], [])  # by indices of the work
         self._views: dict[int, tuple[int, dict[str, list[Tensor]]]] = {}  # of buckets that stay
         self._pager: Pager | None = None
@@ -190,6 +192,7 @@ class PagedOptimizer(BlockOptimizer):
     def _lay_out(self, indices: list[int]) -> None:
         """Give parameters their places: in order, cut at bucket ends, in multiples of 256."""
         self._forget_plan()
+        self._layout_hash = ""
         parameters = self._parameters()
         sizes: list[int] = []
         used = self._bucket_bytes  # never continues a bucket that the pager already has
@@ -234,13 +237,16 @@ class PagedOptimizer(BlockOptimizer):
             self._lay_out(missing)
 
     def _fingerprint(self) -> str:
+        if self._layout_hash:
+            return self._layout_hash
         parameters = self._parameters()
         facts = [
             (i, str(parameters[i].dtype), [(s.start, s.length, s.bucket) for s in segments])
             for i, segments in sorted(self._segments.items())
         ]
         text = json.dumps([self._options.rule, self._options.bits, self._keep, facts])
-        return hashlib.sha256(text.encode()).hexdigest()
+        self._layout_hash = hashlib.sha256(text.encode()).hexdigest()
+        return self._layout_hash
 
     # -- commits ----------------------------------------------------------------------------------
 
@@ -274,11 +280,12 @@ class PagedOptimizer(BlockOptimizer):
             self._load_parameters()
 
     def _end(self, *, commit: bool) -> None:
+        if not (commit and self.pager.persistent):
+            self.pager.end(None)
+            return
         steps = [int(self.state.get(p, {}).get("step", -1)) for p in self._parameters()]
         seeds = [g["rounding_seed"] for g in self.param_groups if "rounding_seed" in g]
-        layout = self._fingerprint() if self.pager.persistent else ""
-        about = Record(layout, [], [], steps, self._bucket_bytes, seeds)
-        self.pager.end(about, commit=commit)
+        self.pager.end(Record(self._fingerprint(), [], [], steps, self._bucket_bytes, seeds))
 
     def _each_bucket(self) -> list[int]:
         order = list(range(len(self._by_bucket)))
@@ -365,10 +372,18 @@ class PagedOptimizer(BlockOptimizer):
         if address == bucket.data_ptr():
             return known
         empty = torch.empty(0)
-        views = {}
-        for name in ("state1", "state2", "absmax1", "absmax2", "param"):
-            found = [segment.tensor(name, bucket) for segment in share.segments]
-            views[name] = [empty if plane is None else plane for plane in found]
+        views: dict[str, list[Tensor]] = {
+            name: [empty] * len(share.segments)
+            for name in ("state1", "state2", "absmax1", "absmax2", "param")
+        }
+        typed: dict[torch.dtype, Tensor] = {}
+        for i, segment in enumerate(share.segments):
+            for plane in segment.planes:
+                whole = typed.get(plane.dtype)
+                if whole is None:
+                    whole = typed[plane.dtype] = bucket.view(plane.dtype)
+                size = plane.dtype.itemsize
+                views[plane.name][i] = whole[plane.offset // size : plane.end // size]
         if self.pager.keeps(share.bucket):
             self._views[share.bucket] = (bucket.data_ptr(), views)
         return views

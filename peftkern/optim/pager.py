@@ -195,14 +195,13 @@ class Pager:
         if self._durable or not self.keeps(index):
             self._write_behind(index)
 
-    def end(self, about: Record, *, commit: bool) -> None:
-        """Close a step; with ``commit`` the file holds it once the background work is done.
+    def end(self, about: Record | None) -> None:
+        """Close a step; once the background work is done, the file holds it.
 
         Args:
-            about: what to commit; its slots and checksums are filled in here.
-            commit: whether to.
+            about: what to commit; its slots and checksums are filled in here. None: no commit.
         """
-        if commit and self._files is not None and self._files.persistent:
+        if about is not None and self._files is not None and self._files.persistent:
             for index in range(len(self._buckets)):
                 self._write_behind(index)
             files, buckets = self._files, list(self._buckets)
@@ -336,7 +335,9 @@ class Pager:
     def keeps(self, index: int) -> bool:
         """Whether a bucket stays in RAM, at its place, under the present budget."""
         capacity = self._capacity()
-        return capacity >= len(self._buckets) or index < capacity - min(_STREAM, max(3, capacity // 2))
+        return capacity >= len(self._buckets) or index < capacity - min(
+            _STREAM, max(3, capacity // 2)
+        )
 
     def _take_buffer(self, *, block: bool) -> Tensor | None:
         """A buffer that holds nothing of value; None (only if not ``block``) when there is none."""
@@ -348,9 +349,11 @@ class Pager:
             ahead = set(self._order)
             waiting = []
             for index, bucket in enumerate(self._buckets):
+                if bucket.buffer is None:
+                    continue
                 if bucket.writing is not None and bucket.writing.done():
                     self._finish_write(bucket)
-                if bucket.buffer is None or bucket.in_use or bucket.reading or self.keeps(index):
+                if bucket.in_use or bucket.reading or self.keeps(index):
                     continue
                 if bucket.writing is not None:
                     waiting.append(bucket)

@@ -18,7 +18,7 @@ _CHUNK = 64 * 256  # elements; as kOptimizerChunk * kStateBlock in csrc
 def _refusal_of(lists: tuple[list[Tensor], ...]) -> str | None:
     for values in lists:
         for value in values:
-            if value.device.type != "cpu":
+            if not value.is_cpu:
                 return f"a tensor is on {value.device}"
             if value.data_ptr() % value.element_size():
                 return f"a {value.dtype} tensor starts at an address that is no multiple of it"
