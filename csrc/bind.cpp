@@ -309,6 +309,7 @@ py::dict tables() {
 PYBIND11_MODULE(_C, m) {
     m.doc() = "CPU kernels of peftkern. Takes raw addresses: use peftkern.functional instead.";
     pk::bind_openmp();
+    bind_pages(m);
     bind_sparse(m);
     m.def("linear", &linear);
     m.def("lora_forward", &lora_forward);
@@ -327,5 +328,4 @@ PYBIND11_MODULE(_C, m) {
     m.def("build_info", &build_info);
     m.def("openmp_info", &openmp_info);
     m.def("tables", &tables);
-    bind_pages(m);
 }
