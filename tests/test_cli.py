@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
 from peftkern.cli import make_app
 from peftkern.cli.demo import data as demo_data
-from peftkern.cli.demo.checks import check, sigma
+from peftkern.cli.demo.checks import check, gain
+from peftkern.cli.demo.forgetting import measure, spearman
 from peftkern.cli.demo.methods import METHODS, parse_methods
 from peftkern.cli.demo.plots import Bar, Line, Point, bars, curves, scatter_log_x, smooth
 from peftkern.cli.demo.report import html_page, summary_rows, summary_table
@@ -303,7 +305,9 @@ def fake_results() -> dict[str, Any]:
                 "lr": method.lr,
                 "status": "done",
                 "accuracy": 0.70 - index / 200,
-                "reloaded_accuracy": 0.70 - index / 200,
+                "reloaded_texts": 200,
+                "right": "1" * 480 + "0" * 220,
+                "base_task": {"retrieval": 0.6, "pairs": 100, "order": 0.8},
                 "reload_differs": 0,
                 "held_out": 700,
                 "trainable": 22_000_000 if method.config is None else 333_000,
@@ -324,7 +328,7 @@ def fake_results() -> dict[str, Any]:
             }
         )
     return {
-        "schema": 1,
+        "schema": 2,
         "command": "peftkern demo --data '<script>'",
         "started": "2026-01-01T00:00:00+00:00",
         "quick": False,
@@ -340,8 +344,23 @@ def fake_results() -> dict[str, Any]:
             "description": "Texts.",
             "counts": {"train": {"a": 700, "b": 700}, "held_out": {"a": 350, "b": 350}},
         },
-        "baselines": {"majority": 0.25, "probe": 0.60},
+        "baselines": {
+            "majority": 0.25,
+            "probe": 0.60,
+            "probe_right": "1" * 420 + "0" * 280,
+            "base_task": {"retrieval": 0.7, "pairs": 100, "order": 1.0},
+        },
         "methods": methods,
+        "low_data": [
+            {
+                "method": "full",
+                "title": "Full fine-tuning",
+                "points": [
+                    {"texts": 16, "probe": 0.30, "accuracy": 0.31},
+                    {"texts": 150, "probe": 0.45, "accuracy": 0.50},
+                ],
+            }
+        ],
         "checks": [],
     }
 
@@ -354,7 +373,7 @@ def test_checks_pass_on_good_figures() -> None:
 
 def test_checks_name_what_did_not_learn() -> None:
     results = fake_results()
-    results["methods"][1]["accuracy"] = 0.60 + 1.9 * sigma(0.60, 700)
+    results["methods"][1]["right"] = "000" + "1" * 420 + "0" * 277
     results["methods"][2]["accuracy"] = 0.66
     results["methods"][3]["reload_differs"] = 3
     failed = [line for line in check(results) if not line["passed"]]
@@ -372,6 +391,37 @@ def test_checks_of_a_reduced_run_ask_for_less() -> None:
     results["methods"][0]["accuracy"] = 0.4
     assert all(line["passed"] for line in check(results) if line["required"])
     assert "majority" in check(results)[0]["text"]
+
+
+def test_gain_counts_texts_that_one_of_two_has_right() -> None:
+    assert gain("1110", "0011") == (2, 1, 1 / 3**0.5)
+    assert gain("10", "10") == (0, 0, 0.0)
+
+
+def test_forgetting_is_none_for_the_same_model_and_seen_in_a_shuffled_one() -> None:
+    before = torch.randn(20, 20, generator=torch.Generator().manual_seed(0))
+    before.diagonal().copy_(torch.arange(9.0, 29.0))
+    assert measure(before, before) == pytest.approx({"retrieval": 1.0, "pairs": 20, "order": 1.0})
+    after = before.clone()
+    after[0, 0] = -9.0
+    assert measure(before, after)["retrieval"] == pytest.approx(0.95)
+    assert measure(before, -before)["order"] == pytest.approx(-1.0)
+    ranks = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert spearman(ranks, torch.tensor([1.0, 3.0, 2.0, 4.0])) == pytest.approx(0.8)
+
+
+def test_sentence_pairs_are_cut_after_the_first_sentence() -> None:
+    firsts, rests = demo_data.stdlib_docstrings().sentence_pairs(30)
+    assert len(firsts) == len(rests) == 30
+    assert all(first.endswith(".") and ". " not in first for first in firsts)
+
+
+def test_a_part_keeps_every_label_and_the_held_out_half() -> None:
+    whole = demo_data.stdlib_docstrings()
+    part = whole.part(0.01)
+    assert part.held_out == whole.held_out
+    assert {e.label for e in part.train} == {e.label for e in whole.train}
+    assert len(part.train) <= 20
 
 
 def test_a_failed_method_fails_the_run() -> None:
@@ -396,7 +446,7 @@ def test_report_renders_and_loads_nothing() -> None:
     assert not re.search(r"https?:|//[a-z]|src=|href=|@import|url\(", page)
     assert "<script>" not in page
     assert "module &lt;b&gt; now" in page
-    assert page.count("<svg") == 6
+    assert page.count("<svg") == 8
     assert "NaN" not in page.replace("NaNs", "")
     assert "nan" not in re.findall(r'[xyd]\d?="[^"]*"', page)
     for row in summary_rows(results):
@@ -416,7 +466,7 @@ def test_report_without_memory_figures_and_interrupted() -> None:
         "status": "interrupted",
     }
     page = html_page(results)
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 7
     assert "interrupted" in page
     assert "reduced run" in page
 

@@ -25,19 +25,18 @@ def check(results: dict[str, Any]) -> list[dict[str, Any]]:
         One dict a check: `passed`, `required` (a failure makes the exit status 1) and `text`.
     """
     made: list[dict[str, Any]] = []
-    probe, majority = results["baselines"]["probe"], results["baselines"]["majority"]
     done = {row["method"]: row for row in results["methods"] if row["status"] == "done"}
     for row in results["methods"]:
         if row["status"] == "failed":
             made.append(_line(False, True, f"{_title(row)}: failed: {row['error']}"))
     for row in done.values():
-        made.append(_learned(row, probe, majority, results["quick"]))
+        made.append(_learned(row, results["baselines"], results["quick"]))
     for row in done.values():
         same = row["reload_differs"] == 0
         how = "the same answers" if same else f"{row['reload_differs']} different answers"
         text = (
-            f"{_title(row)}: saved, loaded into a fresh model and measured again: {how} "
-            f"({row['reloaded_accuracy']:.3f})"
+            f"{_title(row)}: saved, loaded into a fresh model and measured again: {how} on "
+            f"{row['reloaded_texts']} texts"
         )
         made.append(_line(same, True, text))
     if {"full", "qlora-nf4"} <= done.keys():
@@ -52,16 +51,42 @@ def check(results: dict[str, Any]) -> list[dict[str, Any]]:
     return made
 
 
-def _learned(row: dict[str, Any], probe: float, majority: float, quick: bool) -> dict[str, Any]:
+def gain(right: str, baseline: str) -> tuple[int, int, float]:
+    """Two classifiers on the same texts, by McNemar's test.
+
+    Args:
+        right: one character a text, 1 where the method is right.
+        baseline: the same for what it must beat.
+
+    Returns:
+        Texts that only the method has right, texts that only the baseline has right, and how many
+        standard deviations they differ by (positive: the method is better).
+    """
+    pairs = list(zip(right, baseline, strict=True))
+    won, lost = pairs.count(("1", "0")), pairs.count(("0", "1"))
+    return won, lost, (won - lost) / math.sqrt(won + lost) if won + lost else 0.0
+
+
+def _learned(row: dict[str, Any], baselines: dict[str, Any], quick: bool) -> dict[str, Any]:
     accuracy, count = row["accuracy"], row["held_out"]
-    baseline, name = (majority, "majority class") if quick else (probe, "frozen linear probe")
-    limit = baseline + 2 * sigma(baseline, count)
-    passed = accuracy > limit
-    text = (
-        f"{_title(row)}: {'learned' if passed else 'did NOT learn enough'}: held-out accuracy "
-        f"{accuracy:.3f} against {limit:.3f} ({name} {baseline:.3f} + 2 sigma)"
-    )
-    return _line(passed, True, text)
+    small = METHODS[row["method"]].small
+    if quick:
+        baseline = baselines["majority"]
+        limit = baseline + 2 * sigma(baseline, count)
+        passed = accuracy > limit
+        against = f"{limit:.3f} (majority class {baseline:.3f} + 2 sigma)"
+    else:
+        won, lost, sigmas = gain(row["right"], baselines["probe_right"])
+        passed = sigmas > 2
+        against = (
+            f"{baselines['probe']:.3f} of the frozen linear probe: {won} texts won, {lost} lost, "
+            f"{sigmas:+.1f} sigma"
+        )
+    learned = "learned" if passed else "did NOT learn enough"
+    text = f"{_title(row)}: {learned}: held-out accuracy {accuracy:.3f} against {against}"
+    if not passed and small:
+        text += f" ({small})"
+    return _line(passed, not small, text)
 
 
 def _line(passed: bool, required: bool, text: str) -> dict[str, Any]:

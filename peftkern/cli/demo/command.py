@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peftkern.cli.demo.methods import DEFAULT_METHODS, Method, parse_methods
+from peftkern.cli.demo.methods import DEFAULT_METHODS, LOW_DATA_METHODS, Method, parse_methods
 from peftkern.cli.machine import human_seconds, machine, versions
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Size:
     evaluations: int
 
 
-FULL = Size(train=4000, held_out=2000, epochs=2, batch_size=16, evaluations=3)
+FULL = Size(train=4000, held_out=2000, epochs=1, batch_size=16, evaluations=3)
 QUICK = Size(train=480, held_out=240, epochs=1, batch_size=8, evaluations=1)
 
 
@@ -75,7 +75,7 @@ def demo(
     ] = Path("peftkern-demo"),
     seed: Annotated[int, typer.Option(help="Seed of heads, adapters and batches.")] = 0,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Passes over the texts.", show_default="2, quick: 1")
+        int | None, typer.Option(min=1, help="Passes over the texts.", show_default="1")
     ] = None,
     threads: Annotated[
         int, typer.Option(min=0, help="CPU threads; 0 leaves the choice to torch.")
@@ -141,6 +141,7 @@ def run(
         model=model_path,
         data=str((output / "data.json").resolve()),
         output=str((output / PROBE).resolve()),
+        probe=str((output / PROBE).resolve()),
         seed=seed,
         epochs=epochs or size.epochs,
         batch_size=size.batch_size,
@@ -148,7 +149,7 @@ def run(
         evaluations=size.evaluations,
     )
     results: dict[str, Any] = {
-        "schema": 1,
+        "schema": 2,
         "command": shlex.join(["peftkern", *sys.argv[1:]]),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "quick": quick,
@@ -159,6 +160,7 @@ def run(
             "batch_size": base.batch_size,
             "max_tokens": base.max_tokens,
             "optimizer": "AdamW, linear warm-up over 10 % of the steps, then linear decay",
+            "head": "every method starts with the linear probe's head",
         },
         "versions": versions(),
         "machine": machine(),
@@ -170,6 +172,7 @@ def run(
         },
         "baselines": {"majority": dataset.majority()},
         "methods": [],
+        "low_data": [],
         "checks": [],
     }
     try:
@@ -179,6 +182,11 @@ def run(
             for method in chosen:
                 _one(results, method, base, output, display)
                 _write(results, output)
+            if not quick:
+                for method in chosen:
+                    if method.key in LOW_DATA_METHODS:
+                        _few(results, method, base, output, display)
+                        _write(results, output)
     except KeyboardInterrupt:
         results["interrupted"] = True
     results["seconds"] = time.monotonic() - begin
@@ -198,6 +206,8 @@ def _baseline(results: dict[str, Any], spec: Spec, output: Path, display: Displa
         display.console.print(f"[bold red]linear probe:[/] {_escape(str(error))}", soft_wrap=True)
         return False
     results["baselines"]["probe"] = probe["accuracy"]
+    results["baselines"]["probe_right"] = probe["right"]
+    results["baselines"]["base_task"] = probe["base_task"]
     results["model"]["parameters"] = probe["parameters"]
     results["data"]["tokens"] = probe["tokens"]
     display.end(f"held-out {probe['accuracy']:.3f}  {human_seconds(probe['seconds'])}")
@@ -229,6 +239,28 @@ def _one(
         display.end("interrupted")
         raise
     results["methods"].append(row)
+
+
+def _few(
+    results: dict[str, Any], method: Method, base: Spec, output: Path, display: Display
+) -> None:
+    """The same method on few texts: one point of the low-data curve for each size."""
+    from dataclasses import replace
+
+    from peftkern.cli.demo.runner import ChildFailed, run_child
+
+    name = f"{method.key}-few"
+    spec = replace(base, method=method.key, task="low-data", output=str((output / name).resolve()))
+    display.begin(f"{method.title}, few")
+    try:
+        row = run_child(spec, output, display.event)
+    except ChildFailed as error:
+        display.end("failed")
+        display.console.print(f"[bold red]{method.title}:[/] {_escape(str(error))}", soft_wrap=True)
+        return
+    results["low_data"].append({"method": method.key, "title": method.title, **row})
+    reached = ", ".join(f"{p['texts']} texts {p['accuracy']:.3f}" for p in row["points"])
+    display.end(f"{reached}  {human_seconds(row['seconds'])}")
 
 
 def _finish(console: Console, results: dict[str, Any], output: Path, dataset: TextDataset) -> int:

@@ -103,6 +103,27 @@ class TextDataset:
             self.notes,
         )
 
+    def part(self, fraction: float) -> TextDataset:
+        """The same held-out half and this share of the training half, at least two of a label."""
+        least = 2 * len({example.label for example in self.train})
+        return self.limit(max(least, round(fraction * len(self.train))), len(self.held_out))
+
+    def sentence_pairs(self, count: int = 120) -> tuple[list[str], list[str]]:
+        """Beginnings of held-out texts, and how each goes on: a fixed task for a sentence encoder.
+
+        Args:
+            count: most pairs; fewer where the texts have fewer with a sentence to cut after.
+
+        Returns:
+            First sentences, and what follows each of them.
+        """
+        pairs = []
+        for example in sorted(self.held_out, key=lambda e: _hash(e.text)):
+            first, stop, rest = example.text.partition(". ")
+            if stop and min(len(first), len(rest)) >= MIN_CHARS:
+                pairs.append((first + ".", rest))
+        return [first for first, _ in pairs[:count]], [rest for _, rest in pairs[:count]]
+
     def save(self, path: Path) -> None:
         """Write as JSON (what `load` reads)."""
         path.write_text(json.dumps(asdict(self), ensure_ascii=False), encoding="utf-8")

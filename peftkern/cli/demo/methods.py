@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from peftkern.cli.demo.model import HEAD
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftkern.cli.demo.model import Tokenized
+
+HEAD = "classifier"
 
 # Peak learning rate of the head that every method trains beside its own parameters.
 HEAD_LR = 1e-3
@@ -21,29 +26,29 @@ class Method:
         title: name in tables and pictures.
         summary: one sentence for the report.
         lr: peak learning rate of its parameters (AdamW, linear warm-up and decay).
-        config: makes the configuration for `peftkern.patch`; None trains every weight.
+        config: makes the configuration for `peftkern.patch` from the model and the texts to train
+            on; None trains every weight.
         weight_decay: of its parameters.
+        load: options of `peftkern.load_adapter` that the adapter's files do not hold.
+        small: why it may stay near the linear probe in so short a run; empty: it must beat it.
     """
 
     key: str
     title: str
     summary: str
     lr: float
-    config: Callable[[], Any] | None
+    config: Callable[[nn.Module, Tokenized], Any] | None
     weight_decay: float = 0.0
+    load: dict[str, Any] = field(default_factory=dict)
+    small: str = ""
 
 
-def _lora(quantize: str | None = None) -> Callable[[], Any]:
-    def make() -> Any:
+def _lora(**options: Any) -> Callable[[nn.Module, Tokenized], Any]:
+    def make(model: nn.Module, train: Tokenized) -> Any:
         import peftkern as pk
 
         return pk.LoRAConfig(
-            r=8,
-            lora_alpha=16,
-            target_modules="all-linear",
-            modules_to_save=[HEAD],
-            quantize=quantize,
-            double_quant=True,
+            r=8, lora_alpha=16, target_modules="all-linear", modules_to_save=[HEAD], **options
         )
 
     return make
@@ -72,18 +77,21 @@ METHODS: dict[str, Method] = {
             title="QLoRA NF4",
             summary="rank 8 on every linear layer, base frozen in 4-bit NF4, double quantization",
             lr=1e-3,
-            config=_lora("nf4"),
+            config=_lora(quantize="nf4", double_quant=True),
+            load={"quantize": "nf4"},
         ),
         Method(
             key="qlora-int8",
             title="QLoRA INT8",
             summary="rank 8 on every linear layer, base frozen in row-wise INT8",
             lr=1e-3,
-            config=_lora("int8"),
+            config=_lora(quantize="int8"),
+            load={"quantize": "int8"},
         ),
     )
 }
 DEFAULT_METHODS = tuple(METHODS)
+LOW_DATA_METHODS = ("full", "lora")
 
 
 def parse_methods(text: str) -> list[Method]:

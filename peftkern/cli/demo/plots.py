@@ -112,26 +112,41 @@ def bars(rows: Sequence[Bar], part_names: Sequence[str] = ()) -> str:
     return _figure(height, "".join(parts), ())
 
 
-def curves(lines: Sequence[Line], x_title: str, y_title: str) -> str:
-    """Curves over a common x from zero."""
+def curves(lines: Sequence[Line], x_title: str, y_title: str, *, log_x: bool = False) -> str:
+    """Curves over a common x: from zero, or logarithmic and then with a dot at each value.
+
+    Args:
+        lines: with `log_x`, all x > 0 and y in [0, 1].
+        x_title, y_title: what the axes show.
+        log_x: whether x is logarithmic and y a share.
+    """
     height = 300
     highest = max(y for line in lines for y in line.ys)
-    lowest = min(0.0, *(y for line in lines for y in line.ys))
-    last = max(line.xs[-1] for line in lines)
-    y_ticks = _ticks(lowest, highest, 5)
-    x_ticks = [tick for tick in _ticks(0.0, last, 5) if tick <= last]
-    plot = _Frame(height, (0.0, last), (y_ticks[0], y_ticks[-1]))
+    lowest = min(y for line in lines for y in line.ys)
+    y_ticks = _ticks(lowest if log_x else min(0.0, lowest), highest, 5)
+    if log_x:
+        marks = sorted({x for line in lines for x in line.xs})
+        x_range = (math.log10(marks[0]) - 0.1, math.log10(marks[-1]) + 0.1)
+        x_ticks = [math.log10(mark) for mark in marks]
+    else:
+        last = max(line.xs[-1] for line in lines)
+        x_range = (0.0, last)
+        x_ticks = [tick for tick in _ticks(0.0, last, 5) if tick <= last]
+    plot = _Frame(height, x_range, (y_ticks[0], y_ticks[-1]))
     parts = [
-        plot.y_axis(y_ticks, y_title, lambda v: f"{v:g}"),
-        plot.x_axis(x_ticks, x_title, lambda v: f"{v:g}"),
+        plot.y_axis(y_ticks, y_title, lambda v: f"{100 * v:.0f} %" if log_x else f"{v:g}"),
+        plot.x_axis(x_ticks, x_title, lambda v: f"{10**v:.0f}" if log_x else f"{v:g}"),
     ]
     for line in lines:
-        path = "L".join(
-            f"{plot.x(x):.1f} {plot.y(y):.1f}" for x, y in zip(line.xs, line.ys, strict=True)
+        xs = [math.log10(x) for x in line.xs] if log_x else line.xs
+        places = [(plot.x(x), plot.y(y)) for x, y in zip(xs, line.ys, strict=True)]
+        path = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
+        dots = "".join(
+            f'<circle class="fill" cx="{x:.1f}" cy="{y:.1f}" r="4"/>' for x, y in places if log_x
         )
         parts.append(
             f'<g class="s{line.colour}"><title>{escape(line.name)}</title>'
-            f'<path class="stroke" d="M{path}"/></g>'
+            f'<path class="stroke" d="M{path}"/>{dots}</g>'
         )
     return _figure(height, "".join(parts), [(line.name, line.colour) for line in lines])
 

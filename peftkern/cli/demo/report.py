@@ -20,8 +20,9 @@ COLUMNS = (
     "checkpoint",
     "step",
     "total",
+    "base task after",
 )
-_SHORT_COLUMNS = ("method", "accuracy", "trained", "memory", "weights", "on disk", "step", "total")
+_SHORT_COLUMNS = ("method", "accuracy", "trained", "memory", "weights", "on disk", "step", "base")
 NOTES = (
     "± is the 95 % binomial interval of the held-out texts.",
     "linear probe: logistic regression on the frozen model's features, penalty chosen by "
@@ -31,6 +32,8 @@ NOTES = (
     "added to the loaded model (gradients, optimizer state, activations).",
     "weights: bytes of all parameters, frozen and trained, as they lie in memory.",
     "step: median time of one optimizer step. Times belong to this run on this machine alone.",
+    "base task after: share of first sentences that still find how their text goes on, what the "
+    "encoder was made for. Methods that leave the base frozen have it back when switched off.",
 )
 
 
@@ -43,14 +46,22 @@ def summary_rows(results: dict[str, Any], compact: bool = False) -> list[tuple[s
     """
     baselines = results["baselines"]
     held_out = sum(results["data"]["counts"]["held_out"].values())
-    rows: list[tuple[str, ...]] = [
-        (name, _accuracy(baselines[key], held_out), "0", "-", "-", "-", "-", "-")
-        for key, name in (("majority", "majority class"), ("probe", "linear probe"))
-        if key in baselines
-    ]
+    before = baselines.get("base_task")
+    rows: list[tuple[str, ...]] = []
+    for key, name in (("majority", "majority class"), ("probe", "linear probe")):
+        if key in baselines:
+            base = _retrieval(before) if key == "probe" else "-"
+            blank = ["-"] * (4 if compact else 5)
+            rows.append((name, _accuracy(baselines[key], held_out), "0", *blank, base))
     for row in results["methods"]:
         if row["status"] != "done":
-            rows.append((row["title"], row["status"], *["-"] * (len(COLUMNS) - 2)))
+            rows.append(
+                (
+                    row["title"],
+                    row["status"],
+                    *["-"] * (len(_SHORT_COLUMNS if compact else COLUMNS) - 2),
+                )
+            )
             continue
         memory = row["memory"]
         peak = human_bytes(memory["peak"])
@@ -67,7 +78,8 @@ def summary_rows(results: dict[str, Any], compact: bool = False) -> list[tuple[s
                 human_bytes(row["weight_bytes"]),
                 human_bytes(row["checkpoint_bytes"]),
                 human_seconds(row["median_step_s"]),
-                _clock(row["seconds"]) if compact else human_seconds(row["seconds"]),
+                *(() if compact else (human_seconds(row["seconds"]),)),
+                _retrieval(row["base_task"]),
             )
         )
     return rows
@@ -92,7 +104,7 @@ def html_page(results: dict[str, Any]) -> str:
         results: the content of results.json; at least one method must be done.
     """
     done = [row for row in results["methods"] if row["status"] == "done"]
-    colours = {row["method"]: index % 8 for index, row in enumerate(results["methods"])}
+    colours = {row["method"]: index % _COLOURS for index, row in enumerate(results["methods"])}
     sections = [
         _header(results),
         _table(results),
@@ -193,7 +205,47 @@ def _charts(results: dict[str, Any], done: list[dict[str, Any]], colours: dict[s
             Bar(row["title"], (row[key],), human(row[key]), colours[row["method"]]) for row in done
         ]
         made.append(_chart(title, bars(rows), note))
+    if results["baselines"].get("base_task"):
+        made.append(_forgetting(results, done, colours))
+    if results["low_data"]:
+        made.append(_low_data(results, done, colours))
     return "".join(made)
+
+
+def _forgetting(
+    results: dict[str, Any], done: list[dict[str, Any]], colours: dict[str, int]
+) -> str:
+    before = results["baselines"]["base_task"]
+    rows = [Bar("before", (before["retrieval"],), _retrieval(before), _GREY)]
+    for row in done:
+        after = row["base_task"]
+        text = f"{_retrieval(after)}, order kept {after['order']:.2f}"
+        rows.append(Bar(row["title"], (after["retrieval"],), text, colours[row["method"]]))
+    note = (
+        f"Base task: {before['pairs']} first sentences, each to find how its text goes on among "
+        "all the others. Order kept: rank correlation of all similarities with those before."
+    )
+    return _chart("Forgetting", bars(rows), note)
+
+
+def _low_data(results: dict[str, Any], done: list[dict[str, Any]], colours: dict[str, int]) -> str:
+    finished = {row["method"]: row["accuracy"] for row in done}
+    most = sum(results["data"]["counts"]["train"].values())
+    lines = []
+    for row in results["low_data"]:
+        points = [(p["texts"], p["accuracy"]) for p in row["points"]]
+        if row["method"] in finished:
+            points.append((most, finished[row["method"]]))
+        lines.append(_low_data_line(row["title"], points, colours[row["method"]]))
+    probed = [(p["texts"], p["probe"]) for p in results["low_data"][0]["points"]]
+    probed.append((most, results["baselines"]["probe"]))
+    lines.append(_low_data_line("linear probe", probed, _GREY))
+    picture = curves(lines, "texts to train on (log)", "held-out accuracy", log_x=True)
+    return _chart("Few texts", picture, "1 %, 10 % and all of the texts; same held-out half.")
+
+
+def _low_data_line(name: str, points: list[tuple[int, float]], colour: int) -> Line:
+    return Line(name, tuple(float(x) for x, _ in points), tuple(y for _, y in points), colour)
 
 
 def _memory_bars(done: list[dict[str, Any]], colours: dict[str, int]) -> str:
@@ -273,8 +325,10 @@ def _accuracy(accuracy: float, count: int) -> str:
     return f"{100 * accuracy:.1f} ±{100 * 1.96 * sigma(accuracy, count):.1f} %"
 
 
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+def _retrieval(base_task: dict[str, Any] | None) -> str:
+    if base_task is None:  # the texts are too short to be cut in two
+        return "-"
+    return f"{100 * base_task['retrieval']:.0f} %"
 
 
 def _share(share: float) -> str:
@@ -287,14 +341,17 @@ def _count(count: int) -> str:
     return f"{count / 1e3:.0f} K" if count >= 1000 else str(count)
 
 
+_COLOURS, _GREY = 14, 14
 _EMPTY = ' class="empty"'
 _STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--card:#f6f7f9;--ink:#1b1f24;--dim:#5b6470;--line:#d9dee5;
 --c0:#4361c2;--c1:#c4572b;--c2:#2a8a5f;--c3:#9a4fb0;--c4:#a87a00;--c5:#007f92;--c6:#b83a6b;
---c7:#6b6f76;--ok:#1e7d4f;--fail:#b3261e;--note:#8a6100}
+--c7:#5b7a00;--c8:#8a4b2a;--c9:#3d8fd1;--c10:#d04545;--c11:#6a4bd0;--c12:#00967a;
+--c13:#a3508a;--c14:#6b6f76;--ok:#1e7d4f;--fail:#b3261e;--note:#8a6100}
 @media(prefers-color-scheme:dark){:root{--bg:#14171b;--card:#1d2126;--ink:#e7eaee;--dim:#9aa4b0;
 --line:#363c44;--c0:#8ea6ff;--c1:#ff9a6b;--c2:#63d3a0;--c3:#d59bf0;--c4:#e6bf4d;--c5:#58cfe3;
---c6:#ff8fb6;--c7:#b3b8c0;--ok:#63d3a0;--fail:#ff8a80;--note:#e6bf4d}}
+--c6:#ff8fb6;--c7:#b9d65c;--c8:#d9a07c;--c9:#86c5ff;--c10:#ff9a9a;--c11:#b7a2ff;--c12:#4fe0c0;
+--c13:#e8a0d4;--c14:#b3b8c0;--ok:#63d3a0;--fail:#ff8a80;--note:#e6bf4d}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
 main{max-width:1120px;margin:0 auto;padding:24px 16px 48px}
@@ -320,8 +377,10 @@ svg text{fill:var(--dim)}svg .name{fill:var(--ink)}
 .rule{stroke:var(--dim);stroke-width:1.2;stroke-dasharray:5 4}
 .stroke{stroke:var(--c);stroke-width:2;fill:none;stroke-linejoin:round}
 .fill{fill:var(--c)}.pale{opacity:.42}
-.s0{--c:var(--c0)}.s1{--c:var(--c1)}.s2{--c:var(--c2)}.s3{--c:var(--c3)}
-.s4{--c:var(--c4)}.s5{--c:var(--c5)}.s6{--c:var(--c6)}.s7{--c:var(--c7)}
+.s0{--c:var(--c0)}.s1{--c:var(--c1)}.s2{--c:var(--c2)}.s3{--c:var(--c3)}.s4{--c:var(--c4)}
+.s5{--c:var(--c5)}.s6{--c:var(--c6)}.s7{--c:var(--c7)}.s8{--c:var(--c8)}.s9{--c:var(--c9)}
+.s10{--c:var(--c10)}.s11{--c:var(--c11)}.s12{--c:var(--c12)}.s13{--c:var(--c13)}
+.s14{--c:var(--c14)}
 .legend{display:flex;flex-wrap:wrap;gap:4px 16px;font-size:.86rem;margin-top:6px}
 .key i{display:inline-block;width:11px;height:11px;border-radius:50%;background:var(--c);
 margin-right:6px}

@@ -39,7 +39,8 @@ def run_child(spec: Spec, folder: Path, on_event: OnEvent) -> dict[str, Any]:
         ChildFailed: it reported an error or died.
         KeyboardInterrupt: passed on after the child has ended.
     """
-    spec_file, log_file = (folder / f"{spec.method}.{end}" for end in ("json", "log"))
+    name = Path(spec.output).name
+    spec_file, log_file = (folder / f"{name}.{end}" for end in ("json", "log"))
     spec_file.write_text(json.dumps(asdict(spec), indent=1), encoding="utf-8")
     command = [sys.executable, "-m", "peftkern.cli.demo.train", str(spec_file)]
     # Threads that sleep at a barrier lose little on an idle machine; threads that spin there take

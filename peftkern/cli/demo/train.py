@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ import torch
 from torch import nn
 
 from peftkern.cli.demo import memory
-from peftkern.cli.demo.data import TextDataset, batches
-from peftkern.cli.demo.methods import HEAD_LR, METHODS, Method
+from peftkern.cli.demo.data import Example, TextDataset, batches
+from peftkern.cli.demo.forgetting import measure, similarities
+from peftkern.cli.demo.methods import HEAD, HEAD_LR, METHODS, Method
 from peftkern.cli.demo.model import (
-    HEAD,
     TextClassifier,
     Tokenized,
     evaluate,
@@ -32,10 +32,15 @@ from peftkern.cli.demo.model import (
     linear_probe,
     load_classifier,
     quiet_offline,
+    save_head,
 )
 
 PROBE = "probe"
 PEEK = 200
+LEAST_PAIRS = 20
+HEAD_FILE, FEATURES_FILE = "head.safetensors", "features.safetensors"
+FRACTIONS = (0.01, 0.1)
+LOW_DATA_STEPS = 40
 Emit = Callable[..., None]
 
 
@@ -45,9 +50,12 @@ class Spec:
 
     Args:
         method: a key of `METHODS`, or "probe".
+        task: "method" (train it on all texts) or "low-data" (on a few of them).
         model: folder or id.
         data: file written by `TextDataset.save`.
         output: folder for the checkpoint.
+        probe: folder of what the linear probe leaves: its head, with which every method starts,
+            the frozen model's features, and its similarities on the base task.
         seed, epochs, batch_size, max_tokens: of the training.
         max_steps: stop there; 0 means all epochs.
         threads: 0 leaves torch's own choice.
@@ -59,13 +67,15 @@ class Spec:
     model: str
     data: str
     output: str
+    probe: str
     seed: int = 0
-    epochs: int = 2
+    epochs: int = 1
     batch_size: int = 16
-    max_tokens: int = 48
+    max_tokens: int = 32
     max_steps: int = 0
     threads: int = 0
     evaluations: int = 3
+    task: str = "method"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -82,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         quiet_offline(spec.model)
         if spec.threads:
             torch.set_num_threads(spec.threads)
-        run = _probe if spec.method == PROBE else _train
+        run = _probe if spec.method == PROBE else TASKS[spec.task]
         emit("result", **run(spec, emit))
         return 0
     except BrokenPipeError:
@@ -94,6 +104,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _probe(spec: Spec, emit: Emit) -> dict[str, Any]:
+    from safetensors.torch import save_file
+
     begin = time.perf_counter()
     data = TextDataset.load(Path(spec.data))
     emit("phase", text="loading the model")
@@ -102,14 +114,24 @@ def _probe(spec: Spec, emit: Emit) -> dict[str, Any]:
     train = Tokenized(spec.model, data.train, spec.max_tokens)
     held_out = Tokenized(spec.model, data.held_out, spec.max_tokens)
     features = frozen_features(model, train)
-    groups = [example.group for example in data.train]
+    held_out_features = frozen_features(model, held_out)
+    base = _base_similarities(spec, data, model)
     emit("phase", text="fitting the linear probe")
-    answers, penalty = linear_probe(
-        features, train.labels, groups, frozen_features(model, held_out), len(data.labels)
-    )
+    groups = [example.group for example in data.train]
+    weight, bias, penalty = linear_probe(features, train.labels, groups, len(data.labels))
+    answers = (held_out_features @ weight.T + bias).argmax(-1)
+    folder = Path(spec.probe)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_head(folder / HEAD_FILE, weight, bias)
+    left = {"train": features, "held_out": held_out_features}
+    if base is not None:
+        left["similarities"] = base
+    save_file(left, folder / FEATURES_FILE)
     return {
-        "accuracy": _accuracy(answers, held_out),
+        "accuracy": _accuracy(answers.tolist(), held_out),
+        "right": _right(answers.tolist(), held_out),
         "penalty": penalty,
+        "base_task": None if base is None else measure(None, base),
         "seconds": time.perf_counter() - begin,
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens": {"train": sum(train.lengths), "held_out": sum(held_out.lengths)},
@@ -117,13 +139,16 @@ def _probe(spec: Spec, emit: Emit) -> dict[str, Any]:
 
 
 def _train(spec: Spec, emit: Emit) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
     begin = time.perf_counter()
     method = METHODS[spec.method]
     data = TextDataset.load(Path(spec.data))
     emit("phase", text="loading the model")
     train = Tokenized(spec.model, data.train, spec.max_tokens)
     held_out = Tokenized(spec.model, data.held_out, spec.max_tokens)
-    model, report = build(spec, method, len(data.labels))
+    head = Path(spec.probe) / HEAD_FILE
+    model, report = build(spec, method, train, head, len(data.labels))
     counts = _count(model)
     resettable = memory.reset_peak()
     loaded = memory.resident()
@@ -133,18 +158,22 @@ def _train(spec: Spec, emit: Emit) -> dict[str, Any]:
 
     emit("phase", text="saving, reloading and measuring again")
     answers = evaluate(model, held_out)
+    before = load_file(Path(spec.probe) / FEATURES_FILE).get("similarities")
+    after = _base_similarities(spec, data, model)
     output = Path(spec.output)
     written = _save(method, model, output)
+    peek = held_out.sample(PEEK)
+    peeked = evaluate(model, peek)
     del model
-    again, _ = build(spec, method, len(data.labels))
-    _load(method, again, output)
-    reloaded = evaluate(again, held_out)
+    reloaded = evaluate(_reload(spec, method, len(data.labels), output), peek)
     return {
         "method": method.key,
         "accuracy": _accuracy(answers, held_out),
-        "reloaded_accuracy": _accuracy(reloaded, held_out),
-        "reload_differs": sum(a != b for a, b in zip(answers, reloaded, strict=True)),
+        "right": _right(answers, held_out),
+        "reloaded_texts": len(reloaded),
+        "reload_differs": sum(a != b for a, b in zip(peeked, reloaded, strict=True)),
         "held_out": len(answers),
+        "base_task": None if after is None else measure(before, after),
         **counts,
         "memory": {
             "loaded": loaded,
@@ -159,21 +188,82 @@ def _train(spec: Spec, emit: Emit) -> dict[str, Any]:
         "seconds": time.perf_counter() - begin,
         "losses": losses,
         "history": history,
-        "answers": answers,
         "patch_report": report,
         "threads": torch.get_num_threads(),
     }
 
 
-def build(spec: Spec, method: Method, labels: int) -> tuple[TextClassifier, str]:
-    """The model prepared for a method, and the patch report ('' where nothing is patched)."""
-    model = load_classifier(spec.model, labels, spec.seed)
+def _low_data(spec: Spec, emit: Emit) -> dict[str, Any]:
+    """The method on small parts of the training half, each with a head probed on that part."""
+    from safetensors.torch import load_file
+
+    begin = time.perf_counter()
+    method = METHODS[spec.method]
+    data = TextDataset.load(Path(spec.data))
+    held_out = Tokenized(spec.model, data.held_out, spec.max_tokens)
+    features = load_file(Path(spec.probe) / FEATURES_FILE)
+    place = {example.text: row for row, example in enumerate(data.train)}
+    output = Path(spec.output)
+    output.mkdir(parents=True, exist_ok=True)
+    points = []
+    for fraction in FRACTIONS:
+        part = data.part(fraction)
+        train = Tokenized(spec.model, part.train, spec.max_tokens)
+        rows = [place[example.text] for example in part.train]
+        groups = [example.group for example in part.train]
+        probe = linear_probe(features["train"][rows], train.labels, groups, len(data.labels))
+        save_head(output / HEAD_FILE, *probe[:2])
+        probed = (features["held_out"] @ probe[0].T + probe[1]).argmax(-1).tolist()
+        emit("phase", text=f"{len(part.train)} texts")
+        model, _ = build(spec, method, train, output / HEAD_FILE, len(data.labels))
+        batch = min(spec.batch_size, max(4, len(rows) // 4))
+        epochs = max(1, round(LOW_DATA_STEPS / max(1, len(rows) / batch)))
+        few = replace(spec, epochs=epochs, batch_size=batch, max_steps=LOW_DATA_STEPS)
+        _fit(replace(few, evaluations=1), method, model, train, held_out, emit)
+        points.append(
+            {
+                "texts": len(rows),
+                "probe": _accuracy(probed, held_out),
+                "accuracy": _accuracy(evaluate(model, held_out), held_out),
+            }
+        )
+    return {"points": points, "seconds": time.perf_counter() - begin}
+
+
+TASKS = {"method": _train, "low-data": _low_data}
+
+
+def _base_similarities(spec: Spec, data: TextDataset, model: TextClassifier) -> torch.Tensor | None:
+    """The model's similarities on the base task; None where the texts are too few or too short."""
+    pairs = data.sentence_pairs()
+    if len(pairs[0]) < LEAST_PAIRS:
+        return None
+    firsts, rests = (
+        Tokenized(spec.model, [Example(text, 0, "") for text in texts], spec.max_tokens)
+        for texts in pairs
+    )
+    return similarities(model, firsts, rests)
+
+
+def build(
+    spec: Spec, method: Method, train: Tokenized, head: Path, labels: int
+) -> tuple[TextClassifier, str]:
+    """The model prepared for a method, and the patch report ('' where nothing is patched).
+
+    Args:
+        spec: what the child is to do.
+        method: the method.
+        train: what it will train on; methods that choose parameters look at a part of it.
+        head: file of the head to start with.
+        labels: number of labels.
+    """
+    model = load_classifier(spec.model, labels, spec.seed, head)
     if method.config is None:
         return model, ""
     import peftkern as pk
 
     torch.manual_seed(spec.seed)  # the adapters' own initial values
-    handle = pk.patch(model, method.config())
+    handle = pk.patch(model, method.config(model, train))
     return model, str(handle.report())
 
 
@@ -264,7 +354,9 @@ def _save(method: Method, model: TextClassifier, output: Path) -> list[Path]:
     return sorted(file for file in output.iterdir() if file.is_file())
 
 
-def _load(method: Method, model: TextClassifier, output: Path) -> None:
+def _reload(spec: Spec, method: Method, labels: int, output: Path) -> TextClassifier:
+    """A fresh model with what was saved: all that the checkpoint needs is the pretrained model."""
+    model = load_classifier(spec.model, labels, spec.seed)
     if method.config is None:
         from safetensors.torch import load_model
 
@@ -272,7 +364,13 @@ def _load(method: Method, model: TextClassifier, output: Path) -> None:
     else:
         import peftkern as pk
 
-        pk.load_adapter(model, output)
+        pk.load_adapter(model, output, **method.load)
+    return model
+
+
+def _right(answers: list[int], data: Tokenized) -> str:
+    """One character a text: 1 where the answer is right."""
+    return "".join(str(int(a == b)) for a, b in zip(answers, data.labels.tolist(), strict=True))
 
 
 def _accuracy(answers: list[int], data: Tokenized) -> float:
