@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from peftkern.hf.trainer import PeftkernCallback
     from peftkern.hf.verify import verify
     from peftkern.hf.watchdog import GradientWatchdog
+    from peftkern.select import importance, threshold, top_k
 
 logging.getLogger("peftkern").addHandler(logging.NullHandler())
 ops.load()
@@ -46,6 +47,9 @@ _LAZY = {
     "unmerge": "peftkern.hf",
     "set_adapter": "peftkern.hf",
     "save_adapter": "peftkern.checkpoint",
+    "importance": "peftkern.select",
+    "top_k": "peftkern.select",
+    "threshold": "peftkern.select",
     "load_adapter": "peftkern.checkpoint",
 }
 
@@ -58,6 +62,7 @@ __all__ = [
     "accelerate",
     "backends",
     "functional",
+    "importance",
     "load_adapter",
     "merge",
     "nn",
@@ -67,6 +72,8 @@ __all__ = [
     "quantize_8bit",
     "save_adapter",
     "set_adapter",
+    "threshold",
+    "top_k",
     "unmerge",
     "unpatch",
     "use_backend",

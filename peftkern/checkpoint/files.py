@@ -40,8 +40,15 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
 
 
-def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_safetensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Write tensors as safetensors with the metadata that transformers and PEFT expect.
+
+    Args:
+        path: the file to make or replace.
+        tensors: its tensors; views and tied ones are written out in full.
+        metadata: further entries of the header.
 
     Raises:
         ImportError: safetensors is not installed.
@@ -56,7 +63,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
             value = value.clone()
         seen.add(value.untyped_storage().data_ptr())
         ready[key] = value
-    write_atomically(path, save(ready, metadata={"format": "pt"}))
+    write_atomically(path, save(ready, metadata={"format": "pt", **(metadata or {})}))
 
 
 def open_safetensors(path: Path) -> Any:
