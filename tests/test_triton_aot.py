@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+
 import pytest
 
 pytest.importorskip("triton")
 
 from bench.gpu.aot import Binary, compile_launch
 from bench.gpu.aot_cases import launches
+from peftkern import triton_kernels
 from peftkern.triton_kernels.launch import Launch
 
 # What a program may have on the smallest GPUs served (compute capability 8.6 and 8.9).
@@ -62,11 +66,13 @@ def test_compiles_within_its_budget(launch: Launch, arch: int) -> None:
 
 
 def test_every_kernel_is_covered() -> None:
-    from peftkern.triton_kernels import linear, low_rank, quant
-
+    modules = [
+        importlib.import_module(f"peftkern.triton_kernels.{info.name}")
+        for info in pkgutil.iter_modules(triton_kernels.__path__)
+    ]
     defined = {
         name
-        for module in (quant, linear, low_rank)
+        for module in modules
         for name in vars(module)
         if name.startswith("_") and name.endswith("_kernel")
     }

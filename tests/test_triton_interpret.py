@@ -6,12 +6,13 @@ so each family runs in a process of its own, which is this file called as a scri
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import os
 import subprocess
 import sys
 import traceback
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,36 @@ def _compare(
         assert_error_rule(got, truth, plain, spec.factor, where)
 
 
-def _run_family(family: str) -> dict[str, dict[str, Any]]:
+def _smaller(config: Any) -> Any:
+    """The same kernel in the least tiles: what many tiles, parts and blocks of ranks come from."""
+    if config is None:
+        return None
+    changes: dict[str, int] = {"block_m": 16}
+    if hasattr(config, "block_o"):  # 4-bit tiles hold whole groups
+        changes |= {"split": 2, "block_o": max(32, config.group)}
+    else:
+        changes |= {"block_c": 16 if config.block_c < 64 else 32, "split": max(2, config.split)}
+    return dataclasses.replace(config, **changes)
+
+
+def _use_small_tiles() -> None:
+    """Every heuristic gives the least tiles; paths for many rows open with few."""
+    from peftkern.tuning import configs
+
+    configs._WANTED_PROGRAMS = 4
+    functions = {name: value for name, value in vars(configs).items() if name.endswith("_config")}
+    for module in [m for name, m in sys.modules.items() if name.startswith("peftkern.")]:
+        for name, function in functions.items():
+            if getattr(module, name, None) is function:
+                small = functools.partial(_call_smaller, function)
+                setattr(module, name, small)
+
+
+def _call_smaller(function: Any, *args: Any) -> Any:
+    return _smaller(function(*args))
+
+
+def _run_family(family: str, dtypes: tuple[torch.dtype, ...] | None) -> dict[str, dict[str, Any]]:
     """``{"op dtype": {"ran": count, "failures": [text]}}`` for every triton implementation."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
@@ -72,7 +102,7 @@ def _run_family(family: str) -> dict[str, dict[str, Any]]:
         if _family(row) != family:
             continue
         spec = registry.specs()[name]
-        for dtype in spec.dtypes:
+        for dtype in dtypes or spec.dtypes:
             failures, ran = [], 0
             for i, sample in enumerate(spec.samples(dtype)):
                 args = map_tensors(_shifted, sample.args) if i % 2 else sample.args
@@ -86,12 +116,12 @@ def _run_family(family: str) -> dict[str, dict[str, Any]]:
     return report
 
 
-@cache
-def _report(family: str) -> dict[str, dict[str, Any]]:
+@functools.cache
+def _report(family: str, tiles: str = "") -> dict[str, dict[str, Any]]:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([_ROOT, os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(Path(__file__)), family],
+        [sys.executable, "-W", "ignore", str(Path(__file__)), family, tiles],
         env=environment,
         capture_output=True,
         text=True,
@@ -115,6 +145,21 @@ def test_matches_reference(name: str, dtype: str) -> None:
     assert cell["ran"] >= 5
 
 
+_TILED = ("lora", "bottleneck", "prefix", "multi_lora", "lora_group", "linear4", "sparse_delta")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [n for n, row in _implementations().items() if _family(row) in _TILED]
+)
+def test_small_tiles(name: str) -> None:
+    """Several tiles, parts and blocks of ranks, which samples of this size never fill."""
+    report = _report(_family(_implementations()[name]), "small")
+    cell = report.get("", {}) or report[f"{name} {torch.float16}"]
+    assert not cell["failures"], "\n".join(cell["failures"])
+    assert cell["ran"] >= 5
+
+
 def test_importing_peftkern_imports_no_triton() -> None:
     code = "import sys, peftkern; sys.exit('triton' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=_ROOT)
@@ -125,4 +170,7 @@ if __name__ == "__main__":
     from bench.gpu import interpreter
 
     interpreter.repair()
-    print(json.dumps(_run_family(sys.argv[1])))
+    small = sys.argv[2:] == ["small"]
+    if small:
+        _use_small_tiles()
+    print(json.dumps(_run_family(sys.argv[1], (torch.float16,) if small else None)))

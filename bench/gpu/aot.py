@@ -61,12 +61,12 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tup
     names = launch.kernel.arg_names
     values = dict(zip(names, launch.args, strict=False))
     values |= {k: v for k, v in launch.options.items() if k not in _OPTIONS}
-    for i, name in enumerate(names):
+    for i, (name, parameter) in enumerate(zip(names, launch.kernel.params, strict=True)):
         value = values[name]
         if isinstance(value, torch.Tensor):
             types[name] = _TYPES[value.dtype]
             attributes[i,] = [["tt.divisibility", 16]]
-        elif name.isupper() or value is None or (value == 1 and not isinstance(value, float)):
+        elif parameter.is_constexpr or value is None or (type(value) is int and value == 1):
             types[name] = "constexpr"
             constants[name] = value
         elif isinstance(value, int):

@@ -81,10 +81,31 @@ def _calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
             yield "lora_linear_backward", what, (dy, x, s, *base, *tail, True, True)
 
 
+def _bottleneck_calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    seed = _meta(1, dtype=torch.int64)
+    for m, r, adapter, p, act in (
+        (8, 64, _BF16, 0.0, "relu"),
+        (2048, 64, _BF16, 0.0, "gelu"),
+        (8192, 16, _BF16, 0.1, "gelu_tanh"),
+        (8192, 128, _BF16, 0.0, "silu"),
+        (8192, 64, _FP32, 0.1, "relu"),
+        (2048, 16, _FP32, 0.0, "gelu"),
+        (8192, 256, _BF16, 0.0, "relu"),
+        (8192, 256, _FP32, 0.1, "relu"),
+    ):
+        x, dy = _meta(m, _K), _meta(m, _N)
+        shapes = ((r, _K), (r,), (_N, r), (_N,), (_N,))
+        weights = [_meta(*shape, dtype=adapter) for shape in shapes]
+        what = f"m{m} r{r} {str(adapter).removeprefix('torch.')} {act} p{p}"
+        tail = (act, p, seed if p else None)
+        yield "bottleneck_adapter", what, (x, *weights, x, *tail)
+        yield "bottleneck_adapter_backward", what, (dy, x, *weights, *tail, True, True, True)
+
+
 def launches() -> list[tuple[str, Launch]]:
     """(op and what is special, launch), each kernel and configuration once."""
     found: dict[tuple[Any, ...], tuple[str, Launch]] = {}
-    for op, what, args in _calls():
+    for op, what, args in (*_calls(), *_bottleneck_calls()):
         row = next(r for r in registry.implementations(op, "cuda") if r.backend == "triton")
         with recording() as recorded, torch.no_grad():
             row.fn(*args)

@@ -15,7 +15,7 @@ from peftkern.triton_kernels.device import keep_tile, operand, round_to, to_fp32
 
 
 @triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+def dot(a, b, acc, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
     """acc + a b; "native" multiplies 16-bit operands, else they are fp32 split as it says."""
     if PRECISION == "native":
         return tl.dot(operand(a, INTERPRET), operand(b, INTERPRET), acc)
@@ -99,7 +99,7 @@ def _shrink_kernel(
             BLOCK_C,
             INTERPRET,
         )
-        acc = _dot(x, a, acc, PRECISION, INTERPRET)
+        acc = dot(x, a, acc, PRECISION, INTERPRET)
     rows_out = parts_ptr + (part.to(tl.int64) * M + offs_m)[:, None] * R
     tl.store(rows_out + offs_r[None, :], acc, mask=mask_m[:, None] & mask_r[None, :])
 
@@ -147,12 +147,12 @@ def _adapter_gradient_kernel(
             other=0.0,
         )
         ds = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-        ds = _dot(dy, b, ds, DS_PRECISION, INTERPRET)
+        ds = dot(dy, b, ds, DS_PRECISION, INTERPRET)
         rows_ds = ds_parts_ptr + (tile_n.to(tl.int64) * M + offs_m)[:, None] * R
         tl.store(rows_ds + offs_r[None, :], ds, mask=mask_mr)
         if NEED_DB:
             s = tl.load(s_ptr + rows_m * R + offs_r[None, :], mask=mask_mr, other=0.0)
-            db = _dot(tl.trans(dy), s, db, DB_PRECISION, INTERPRET)
+            db = dot(tl.trans(dy), s, db, DB_PRECISION, INTERPRET)
     if NEED_DB:
         rows_db = db_parts_ptr + (part.to(tl.int64) * N + offs_n)[:, None] * R
         tl.store(rows_db + offs_r[None, :], db, mask=mask_nr)
@@ -217,7 +217,7 @@ def _down_gradient_kernel(
             BLOCK_C,
             INTERPRET,
         )
-        acc = _dot(ds, x, acc, PRECISION, INTERPRET)
+        acc = dot(ds, x, acc, PRECISION, INTERPRET)
     rows_out = parts_ptr + (part.to(tl.int64) * R + offs_r)[:, None] * C
     tl.store(rows_out + offs_c[None, :], acc, mask=mask_r[:, None] & mask_c[None, :])
 

@@ -1,0 +1,445 @@
+"""The bottleneck adapter: one launch that reads x and writes y, and the passes of its gradient.
+
+``y = mask(scale (act(x D^T + b_d) U^T + b_u)) + residual``. The backward recomputes the bottleneck.
+Long sums are cut into parts that are added in fixed order; there are no atomics.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# Triton looks annotations of kernel arguments up as values, so only constexprs carry one.
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from peftkern.triton_kernels.activations import activate, slope
+from peftkern.triton_kernels.device import keep_tile, round_to, to_fp32
+from peftkern.triton_kernels.low_rank import dot
+
+
+@triton.jit
+def _as_operand(value, like_ptr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+    """fp32 values as the products take them: rounded where the other operand has 16 bits."""
+    if PRECISION == "native":
+        return round_to(value, like_ptr.dtype.element_ty, INTERPRET)
+    else:
+        return value
+
+
+@triton.jit
+def _output_tile(
+    acc,
+    m_0,
+    n_0,
+    M,
+    N,
+    up_b_ptr,
+    scale_ptr,
+    residual_ptr,
+    seed_ptr,
+    out_ptr,
+    threshold,
+    keep_scale,
+    HAS_BIAS: tl.constexpr,
+    SCALES: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    QUADS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """Bias, scale, mask and residual on a tile [BLOCK_M, BLOCK_N] of ``h U^T``; then stored."""
+    offs_m, offs_n = m_0 + tl.arange(0, BLOCK_M), n_0 + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    mask = (offs_m < M)[:, None] & mask_n[None, :]
+    if HAS_BIAS:
+        acc += to_fp32(tl.load(up_b_ptr + offs_n, mask=mask_n, other=0.0), INTERPRET)[None, :]
+    if SCALES == 1:
+        acc *= to_fp32(tl.load(scale_ptr), INTERPRET)
+    if SCALES > 1:
+        acc *= to_fp32(tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0), INTERPRET)[None, :]
+    if DROPOUT:
+        keep = keep_tile(m_0, n_0, N, seed_ptr, threshold, BLOCK_M, BLOCK_N, QUADS)
+        acc = tl.where(keep, acc * keep_scale, 0.0)
+    offsets = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+    if HAS_RESIDUAL:
+        acc += to_fp32(tl.load(residual_ptr + offsets, mask=mask, other=0.0), INTERPRET)
+    tl.store(out_ptr + offsets, round_to(acc, out_ptr.dtype.element_ty, INTERPRET), mask=mask)
+
+
+@triton.jit
+def _bottleneck_kernel(
+    x_ptr,
+    down_w_ptr,
+    down_b_ptr,
+    up_w_ptr,
+    up_b_ptr,
+    scale_ptr,
+    residual_ptr,
+    seed_ptr,
+    out_ptr,
+    M,
+    N,
+    C,
+    R,
+    threshold,
+    keep_scale,
+    ACT: tl.constexpr,
+    HAS_DOWN_BIAS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SCALES: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    QUADS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """BLOCK_M rows from x to y; R fits into BLOCK_R. A residual that is x comes from the L2."""
+    m_0 = tl.program_id(0) * BLOCK_M
+    offs_m, offs_r = m_0 + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
+    mask_m, mask_r = offs_m < M, offs_r < R
+    z = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    rows_x = x_ptr + offs_m.to(tl.int64)[:, None] * C
+    for c_0 in range(0, C, BLOCK_C):
+        offs_c = c_0 + tl.arange(0, BLOCK_C)
+        mask_c = offs_c < C
+        x = tl.load(rows_x + offs_c[None, :], mask=mask_m[:, None] & mask_c[None, :], other=0.0)
+        d = tl.load(
+            down_w_ptr + offs_r.to(tl.int64)[None, :] * C + offs_c[:, None],
+            mask=mask_c[:, None] & mask_r[None, :],
+            other=0.0,
+        )
+        z = dot(x, d, z, PRECISION, INTERPRET)
+    if HAS_DOWN_BIAS:
+        z += to_fp32(tl.load(down_b_ptr + offs_r, mask=mask_r, other=0.0), INTERPRET)[None, :]
+    h = _as_operand(activate(z, ACT), up_w_ptr, PRECISION, INTERPRET)
+    for n_0 in range(0, N, BLOCK_N):
+        offs_n = n_0 + tl.arange(0, BLOCK_N)
+        u = tl.load(
+            up_w_ptr + offs_n.to(tl.int64)[None, :] * R + offs_r[:, None],
+            mask=mask_r[:, None] & (offs_n < N)[None, :],
+            other=0.0,
+        )
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        acc = dot(h, u, acc, PRECISION, INTERPRET)
+        _output_tile(
+            acc,
+            m_0,
+            n_0,
+            M,
+            N,
+            up_b_ptr,
+            scale_ptr,
+            residual_ptr,
+            seed_ptr,
+            out_ptr,
+            threshold,
+            keep_scale,
+            HAS_BIAS,
+            SCALES,
+            HAS_RESIDUAL,
+            DROPOUT,
+            QUADS,
+            BLOCK_M,
+            BLOCK_N,
+            INTERPRET,
+        )
+
+
+@triton.jit
+def _expand_kernel(
+    parts_ptr,
+    down_b_ptr,
+    w_ptr,
+    up_b_ptr,
+    scale_ptr,
+    residual_ptr,
+    seed_ptr,
+    out_ptr,
+    M,
+    N,
+    R,
+    stride_n,
+    stride_r,
+    threshold,
+    keep_scale,
+    ACT: tl.constexpr,
+    HAS_DOWN_BIAS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SCALES: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    QUADS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """One tile of out from the sum of PARTS [M, R]: the second half of ``_bottleneck_kernel``.
+
+    With W = D^T and no activation it is ``dx = dz D + residual``.
+    """
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    m_0 = (tl.program_id(0) // tiles_n) * BLOCK_M
+    n_0 = (tl.program_id(0) % tiles_n) * BLOCK_N
+    offs_m, offs_n = m_0 + tl.arange(0, BLOCK_M), n_0 + tl.arange(0, BLOCK_N)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for r_0 in range(0, R, BLOCK_R):
+        offs_r = r_0 + tl.arange(0, BLOCK_R)
+        mask_r = offs_r < R
+        mask_mr = (offs_m < M)[:, None] & mask_r[None, :]
+        z = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+        for part in tl.static_range(PARTS):
+            rows = parts_ptr + (part * M + offs_m).to(tl.int64)[:, None] * R
+            z += tl.load(rows + offs_r[None, :], mask=mask_mr, other=0.0)
+        if HAS_DOWN_BIAS:
+            z += to_fp32(tl.load(down_b_ptr + offs_r, mask=mask_r, other=0.0), INTERPRET)[None, :]
+        w = tl.load(
+            w_ptr + offs_n.to(tl.int64)[None, :] * stride_n + offs_r[:, None] * stride_r,
+            mask=mask_r[:, None] & (offs_n < N)[None, :],
+            other=0.0,
+        )
+        h = _as_operand(activate(z, ACT), w_ptr, PRECISION, INTERPRET)
+        acc = dot(h, w, acc, PRECISION, INTERPRET)
+    _output_tile(
+        acc,
+        m_0,
+        n_0,
+        M,
+        N,
+        up_b_ptr,
+        scale_ptr,
+        residual_ptr,
+        seed_ptr,
+        out_ptr,
+        threshold,
+        keep_scale,
+        HAS_BIAS,
+        SCALES,
+        HAS_RESIDUAL,
+        DROPOUT,
+        QUADS,
+        BLOCK_M,
+        BLOCK_N,
+        INTERPRET,
+    )
+
+
+@triton.jit
+def _hidden_kernel(
+    parts_ptr,
+    down_b_ptr,
+    z_ptr,
+    h_ptr,
+    numel,
+    R,
+    ACT: tl.constexpr,
+    HAS_DOWN_BIAS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """z [M, R], the sum of its parts and the bias, and h = act(z)."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < numel
+    z = tl.zeros([BLOCK], tl.float32)
+    for part in tl.static_range(PARTS):
+        z += tl.load(parts_ptr + part * numel + offs, mask=mask, other=0.0)
+    if HAS_DOWN_BIAS:
+        z += to_fp32(tl.load(down_b_ptr + offs % R, mask=mask, other=0.0), INTERPRET)
+    tl.store(z_ptr + offs, z, mask=mask)
+    tl.store(h_ptr + offs, activate(z, ACT), mask=mask)
+
+
+@triton.jit
+def _up_gradient_kernel(
+    dy_ptr,
+    up_w_ptr,
+    h_ptr,
+    scale_ptr,
+    seed_ptr,
+    dh_parts_ptr,
+    p_parts_ptr,
+    q_parts_ptr,
+    M,
+    N,
+    R,
+    threshold,
+    keep_scale,
+    SCALES: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    QUADS: tl.constexpr,
+    NEED_DW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GRADIENT_PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """One read of dy, with ``g = mask(dy)``, for parts of three sums.
+
+    dh_parts[n tile, m, r] = (scale g) U; p_parts[range of m, n, r] = g^T h; q_parts: g summed.
+    """
+    pid = tl.program_id(0)
+    tiles_n, tiles_r = tl.cdiv(N, BLOCK_N), tl.cdiv(R, BLOCK_R)
+    part = pid // (tiles_n * tiles_r)
+    tile_n = (pid // tiles_r) % tiles_n
+    tile_r = pid % tiles_r
+    offs_r = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    n_0 = tile_n * BLOCK_N
+    offs_n = n_0 + tl.arange(0, BLOCK_N)
+    mask_n, mask_r = offs_n < N, offs_r < R
+    mask_nr = mask_n[:, None] & mask_r[None, :]
+    offs_nr = offs_n.to(tl.int64)[:, None] * R + offs_r[None, :]
+    u = tl.load(up_w_ptr + offs_nr, mask=mask_nr, other=0.0)
+    if SCALES == 1:
+        u = _scaled(u, to_fp32(tl.load(scale_ptr), INTERPRET), PRECISION, INTERPRET)
+    if SCALES > 1:
+        factor = to_fp32(tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0), INTERPRET)
+        u = _scaled(u, factor[:, None], PRECISION, INTERPRET)
+    p = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    q = tl.zeros([BLOCK_N], tl.float32)
+    steps = tl.cdiv(tl.cdiv(M, BLOCK_M), SPLIT)
+    begin = part * steps * BLOCK_M
+    for m_0 in range(begin, tl.minimum(begin + steps * BLOCK_M, M), BLOCK_M):
+        offs_m = m_0 + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < M
+        mask_mr = mask_m[:, None] & mask_r[None, :]
+        rows_m = offs_m.to(tl.int64)[:, None]
+        g = tl.load(
+            dy_ptr + rows_m * N + offs_n[None, :],
+            mask=mask_m[:, None] & mask_n[None, :],
+            other=0.0,
+        )
+        if DROPOUT:
+            keep = keep_tile(m_0, n_0, N, seed_ptr, threshold, BLOCK_M, BLOCK_N, QUADS)
+            kept = tl.where(keep, to_fp32(g, INTERPRET) * keep_scale, 0.0)
+            g = _as_operand(kept, dy_ptr, PRECISION, INTERPRET)
+        dh = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+        dh = dot(g, u, dh, PRECISION, INTERPRET)
+        rows_dh = dh_parts_ptr + (tile_n.to(tl.int64) * M + offs_m)[:, None] * R
+        tl.store(rows_dh + offs_r[None, :], dh, mask=mask_mr)
+        if NEED_DW:
+            h = tl.load(h_ptr + rows_m * R + offs_r[None, :], mask=mask_mr, other=0.0)
+            p = dot(tl.trans(g), h, p, GRADIENT_PRECISION, INTERPRET)
+            q += tl.sum(to_fp32(g, INTERPRET), axis=0)
+    if NEED_DW:
+        rows = part.to(tl.int64) * N
+        tl.store(p_parts_ptr + rows * R + offs_nr, p, mask=mask_nr)
+        tl.store(q_parts_ptr + rows + offs_n, q, mask=mask_n & (tile_r == 0))
+
+
+@triton.jit
+def _scaled(u, factor, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+    """u times scale; rounded back where the products take 16 bits."""
+    value = to_fp32(u, INTERPRET) * factor
+    if PRECISION == "native":
+        return round_to(value, u.dtype, INTERPRET)
+    else:
+        return value
+
+
+@triton.jit
+def _middle_kernel(
+    dh_parts_ptr,
+    z_ptr,
+    dz_ptr,
+    numel,
+    parts,
+    ACT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dz = act'(z) times the sum of the parts of dh, in order."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < numel
+    dh = tl.zeros([BLOCK], tl.float32)
+    pointers = dh_parts_ptr + offs
+    for _ in range(parts):
+        dh += tl.load(pointers, mask=mask, other=0.0)
+        pointers += numel
+    z = tl.load(z_ptr + offs, mask=mask, other=0.0)
+    tl.store(dz_ptr + offs, dh * slope(z, ACT), mask=mask)
+
+
+@triton.jit
+def _up_finish_kernel(
+    p_parts_ptr,
+    q_parts_ptr,
+    up_w_ptr,
+    up_b_ptr,
+    scale_ptr,
+    dup_w_ptr,
+    dup_b_ptr,
+    dscale_ptr,
+    N,
+    R,
+    parts,
+    HAS_BIAS: tl.constexpr,
+    SCALES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """dU = scale p, db_u = scale q, and per output feature dscale = sum(U p) + b_u q."""
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    q = tl.zeros([BLOCK_N], tl.float32)
+    for part in range(parts):
+        q += tl.load(q_parts_ptr + part * N + offs_n, mask=mask_n, other=0.0)
+    factor = tl.full([BLOCK_N], 1.0, tl.float32)
+    if SCALES == 1:
+        factor *= to_fp32(tl.load(scale_ptr), INTERPRET)
+    if SCALES > 1:
+        factor *= to_fp32(tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0), INTERPRET)
+    dscale = tl.zeros([BLOCK_N], tl.float32)
+    rows = offs_n.to(tl.int64)[:, None] * R
+    for r_0 in range(0, R, BLOCK_R):
+        offs_r = r_0 + tl.arange(0, BLOCK_R)
+        mask = mask_n[:, None] & (offs_r < R)[None, :]
+        p = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+        pointers = p_parts_ptr + rows + offs_r[None, :]
+        for _ in range(parts):
+            p += tl.load(pointers, mask=mask, other=0.0)
+            pointers += tl.cast(N, tl.int64) * R
+        value = round_to(p * factor[:, None], dup_w_ptr.dtype.element_ty, INTERPRET)
+        tl.store(dup_w_ptr + rows + offs_r[None, :], value, mask=mask)
+        if SCALES > 0:
+            u = tl.load(up_w_ptr + rows + offs_r[None, :], mask=mask, other=0.0)
+            dscale += tl.sum(p * to_fp32(u, INTERPRET), axis=1)
+    if HAS_BIAS:
+        value = round_to(q * factor, dup_b_ptr.dtype.element_ty, INTERPRET)
+        tl.store(dup_b_ptr + offs_n, value, mask=mask_n)
+        if SCALES > 0:
+            dscale += q * to_fp32(tl.load(up_b_ptr + offs_n, mask=mask_n, other=0.0), INTERPRET)
+    if SCALES > 0:
+        tl.store(dscale_ptr + offs_n, dscale, mask=mask_n)
+
+
+@triton.jit
+def _column_sum_kernel(
+    x_ptr,
+    out_ptr,
+    M,
+    N,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """out[n] = sum over m of fp32 x[m, n]: BLOCK_M interleaved sums, then those."""
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for m_0 in range(0, M, BLOCK_M):
+        offs_m = m_0 + tl.arange(0, BLOCK_M)
+        mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+        rows = x_ptr + offs_m.to(tl.int64)[:, None] * N
+        acc += tl.load(rows + offs_n[None, :], mask=mask, other=0.0)
+    value = round_to(tl.sum(acc, axis=0), out_ptr.dtype.element_ty, INTERPRET)
+    tl.store(out_ptr + offs_n, value, mask=offs_n < N)
