@@ -328,4 +328,5 @@ PYBIND11_MODULE(_C, m) {
     m.def("build_info", &build_info);
     m.def("openmp_info", &openmp_info);
     m.def("tables", &tables);
+    bind_bottleneck(m);
 }

@@ -113,3 +113,6 @@ void bind_pages(py::module_& m);
 void bind_sparse(py::module_& m);
 
 } // namespace pk_bind
+
+// One for each bind_*.cpp.
+void bind_bottleneck(pybind11::module_& m);

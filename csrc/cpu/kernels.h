@@ -14,6 +14,7 @@ struct Dropout {
     uint32_t threshold = 0; // floor(p * 2^32); an element is kept iff its word reaches it
     float scale = 1.0f;     // 1 / (1 - p)
     int64_t cols = 0;
+    int64_t first = 0; // index of the matrix's first element
 };
 
 // The streamed operand of a matrix product: element (i, k) at p[i * row_stride + k * col_stride],
@@ -129,6 +130,47 @@ struct ApplyDropout {
     int threads;
 };
 
+enum Activation : int {
+    kIdentity = 0,
+    kRelu = 1,
+    kGelu = 2,
+    kGeluTanh = 3,
+    kSilu = 4,
+    kTanh = 5,
+    kSigmoid = 6,
+    kLeakyRelu = 7,
+};
+
+// y [m, n] = mask(scale * (act(x D^T + down_b) U^T + up_b)) + residual; null pointers are absent.
+struct Bottleneck {
+    const void* x; // [m, k]
+    int dtype;     // of x, y, the residual and their gradients
+    int64_t m, k, n, rank;
+    const void *down_w, *down_b, *up_w, *up_b, *scale;
+    int adapter_dtype; // of the five above and of their gradients
+    int64_t scales;    // entries of scale: 1 or n
+    const void* residual;
+    int activation;
+    Dropout dropout;
+    void* y;
+    float* work; // forward: m * (rank + n) floats for m <= 8; backward: block_rows * 4 rank
+    int threads;
+};
+
+struct BottleneckGradients {
+    const void* dy;
+    bool add_dy; // dx takes dy as well
+    void* dx;    // null: not wanted
+    // null down_sum: no gradients of weights; else fp32 sums over the rows
+    float* down_sum;   // [rank, k]
+    float* down_b_sum; // [rank], zero to begin with
+    float* up_sum;     // [rank, n]
+    float* up_b_sum;   // [n], zero to begin with
+    float* scaled_up;  // [n, rank] of scratch, where there is a scale
+    void *up_w, *up_b, *scale;
+    int64_t block_rows;
+};
+
 // A parameter, or a piece of one that starts at a multiple of 256 elements.
 struct OptimizerTensor {
     void* param;
@@ -179,6 +221,8 @@ struct Kernels {
     int (*quantize_absmax)(const QuantizeAbsmax&);
     int (*quantize_8bit)(Quantize8&);
     int (*dropout)(const ApplyDropout&);
+    int (*bottleneck_forward)(const Bottleneck&);
+    int (*bottleneck_backward)(const Bottleneck&, const BottleneckGradients&);
     int (*optimizer_step)(OptimizerStep&);
     int (*square_sums)(OptimizerStep&);
     int (*sparse_product)(const SparseProduct&);

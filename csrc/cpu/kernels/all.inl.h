@@ -9,6 +9,8 @@
 #include "runs.inl.h"
 #include "panel.inl.h"
 #include "rows.inl.h"
+#include "activation.inl.h"
+#include "bottleneck.inl.h"
 #include "quantize.inl.h"
 #include "optimizer.inl.h"
 #include "sparse.inl.h"
@@ -24,6 +26,8 @@ const Kernels PK_KERNELS = {
     PK_ISA::quantize_absmax,
     PK_ISA::quantize_8bit,
     PK_ISA::dropout,
+    PK_ISA::bottleneck_forward,
+    PK_ISA::bottleneck_backward,
     PK_ISA::optimizer_step,
     PK_ISA::square_sums,
     PK_ISA::sparse_product,

@@ -113,6 +113,7 @@ void philox_words(uint64_t seed, uint64_t counter, int groups, uint32_t* words) 
 
 // x[i] = kept ? round(x[i] * scale) : 0 for the elements `first` .. `first + n` of the tensor.
 void dropout_run(float* x, int64_t n, const Dropout& d, int64_t first, int dtype) {
+    first += d.first;
     constexpr int64_t kSpan = 256;
     uint32_t words[kSpan + 16 * 4 + 4];
     for (int64_t i = 0; i < n;) {
