@@ -322,6 +322,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("dropout", &dropout);
     m.def("optimizer_step", &optimizer_step);
     m.def("square_sums", &square_sums);
+    bind_prefix(m);
     m.def("isas", &isas);
     m.def("isa", [] { return std::string(kernels().name); });
     m.def("set_isa", &set_isa);

@@ -111,6 +111,7 @@ inline void add_segment(pk::Product& p, const pk::Operand& x, const pk::Weight& 
 // One function a family, called when the module is made.
 void bind_pages(py::module_& m);
 void bind_sparse(py::module_& m);
+void bind_prefix(py::module_& m);
 
 } // namespace pk_bind
 

@@ -213,6 +213,59 @@ struct SparseProduct {
     int threads;
 };
 
+// A tensor [B, H, L, D] without gaps in its last dimension; strides in elements.
+struct AttentionView {
+    const void* p = nullptr;
+    int64_t batch = 0;
+    int64_t head = 0;
+    int64_t row = 0;
+};
+
+enum AttentionMaskKind : int { kNoMask = 0, kBoolMask = 1, kFloatMask = 2 };
+
+// Over the sequence's keys; a dimension of size 1 has stride 0.
+struct AttentionMask {
+    int kind = kNoMask;
+    int dtype = kF32;
+    const void* p = nullptr;
+    int64_t batch = 0;
+    int64_t head = 0;
+    int64_t row = 0;
+    int64_t col = 0;
+};
+
+// softmax(scale q [prefix_k; k]^T + mask) [prefix_v; v], and its gradients.
+struct PrefixAttention {
+    AttentionView q, k, v, prefix_k, prefix_v;
+    int dtype = kF32;
+    int prefix_dtype = kF32;
+    AttentionMask mask;
+    int64_t batch = 0;
+    int64_t heads = 0;
+    int64_t kv_heads = 0;
+    int64_t group = 0; // heads / kv_heads
+    int64_t queries = 0;
+    int64_t keys = 0;
+    int64_t prefix = 0;
+    int64_t depth = 0;
+    int64_t padded = 0; // depth, rounded up to whole register tiles; filled in by the kernel
+    bool causal = false;
+    float scale = 1.0f;
+    Dropout dropout;     // over [B, H, Lq, P + Lk]
+    void* out = nullptr; // [B, Lq, H, D]
+    float* lse = nullptr;
+    // backward only
+    AttentionView dout, saved; // saved: the forward pass's out
+    bool need_own = false;     // dq, dk and dv
+    bool need_prefix = false;
+    void* dq = nullptr; // [B, Lq, H, D], with dk and dv [B, Lk, Hkv, D]
+    void* dk = nullptr;
+    void* dv = nullptr;
+    float* partial_k = nullptr; // [B, Hkv, P, D], one for each row of the batch
+    float* partial_v = nullptr;
+    int threads = 1;
+};
+
 struct Kernels {
     const char* name;
     int (*product)(const Product&);
@@ -226,6 +279,8 @@ struct Kernels {
     int (*optimizer_step)(OptimizerStep&);
     int (*square_sums)(OptimizerStep&);
     int (*sparse_product)(const SparseProduct&);
+    int (*prefix_forward)(PrefixAttention&);
+    int (*prefix_backward)(PrefixAttention&);
 };
 
 } // namespace pk

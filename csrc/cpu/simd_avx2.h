@@ -24,6 +24,14 @@ struct V {
     PK_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
     PK_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
     PK_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+    // Of two values with a NaN, max() and min() give the second.
+    PK_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
+    PK_INLINE F min(F a, F b) { return _mm256_min_ps(a, b); }
+    // 2^n where t = 12582912 + n and -127 <= n <= 127; zero for n = -127.
+    PK_INLINE F pow2(F t) {
+        I n = _mm256_add_epi32(_mm256_castps_si256(t), _mm256_set1_epi32(127));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(n, 23));
+    }
     PK_INLINE float reduce_add(F x) {
         __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
         s = _mm_add_ps(s, _mm_movehl_ps(s, s));

@@ -32,6 +32,12 @@ struct V {
     PK_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
     PK_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
     PK_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    PK_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
+    PK_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
+    PK_INLINE F pow2(F t) {
+        I n = _mm512_add_epi32(_mm512_castps_si512(t), _mm512_set1_epi32(127));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(n, 23));
+    }
     PK_INLINE float reduce_add(F x) {
         __m256 h = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
         __m128 s = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));

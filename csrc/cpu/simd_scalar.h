@@ -24,6 +24,11 @@ struct V {
     PK_INLINE F add(F a, F b) { return a + b; }
     PK_INLINE F mul(F a, F b) { return a * b; }
     PK_INLINE F fma(F a, F b, F c) { return a * b + c; }
+    // Of two values with a NaN, max() and min() give the second.
+    PK_INLINE F max(F a, F b) { return a > b ? a : b; }
+    PK_INLINE F min(F a, F b) { return a < b ? a : b; }
+    // 2^n where t = 12582912 + n and -127 <= n <= 127; zero for n = -127.
+    PK_INLINE F pow2(F t) { return bits_float((float_bits(t) + 127u) << 23); }
     PK_INLINE float reduce_add(F x) { return x; }
 
     PK_INLINE F load_bf16(const uint16_t* p) { return bf16_to_float(*p); }

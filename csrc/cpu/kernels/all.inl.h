@@ -14,6 +14,7 @@
 #include "quantize.inl.h"
 #include "optimizer.inl.h"
 #include "sparse.inl.h"
+#include "prefix.inl.h"
 
 namespace pk {
 
@@ -31,6 +32,8 @@ const Kernels PK_KERNELS = {
     PK_ISA::optimizer_step,
     PK_ISA::square_sums,
     PK_ISA::sparse_product,
+    PK_ISA::prefix_forward,
+    PK_ISA::prefix_backward,
 };
 
 } // namespace pk
