@@ -25,9 +25,9 @@ from peftkern.cli.demo import data as demo_data
 from peftkern.cli.demo.checks import check, gain
 from peftkern.cli.demo.forgetting import measure, spearman
 from peftkern.cli.demo.methods import METHODS, parse_methods
-from peftkern.cli.demo.plots import Bar, Line, Point, bars, curves, scatter_log_x, smooth
 from peftkern.cli.demo.report import html_page, summary_rows, summary_table
 from peftkern.cli.info import collect, show, warnings_of
+from peftkern.cli.plots import Bar, Line, Point, bars, curves, scatter_log_x, smooth
 
 ROOT = Path(__file__).resolve().parent.parent
 

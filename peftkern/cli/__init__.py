@@ -16,6 +16,7 @@ def make_app() -> Any:
 
     from peftkern._version import __version__
     from peftkern.cli.demo.command import demo
+    from peftkern.cli.finetune.command import finetune
     from peftkern.cli.info import info
     from peftkern.cli.tune import tune
 
@@ -42,6 +43,7 @@ def make_app() -> Any:
 
     app.command()(info)
     app.command()(demo)
+    app.command()(finetune)
     app.command()(tune)
     return app
 

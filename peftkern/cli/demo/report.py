@@ -8,8 +8,8 @@ from typing import Any, Literal
 from rich.table import Table
 
 from peftkern.cli.demo.checks import sigma
-from peftkern.cli.demo.plots import Bar, Line, Point, bars, curves, scatter_log_x, smooth
 from peftkern.cli.machine import human_bytes, human_seconds
+from peftkern.cli.plots import Bar, Line, Point, bars, curves, scatter_log_x, smooth
 
 COLUMNS = (
     "method",

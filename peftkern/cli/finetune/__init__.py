@@ -1,0 +1,1 @@
+"""`peftkern finetune`: any Hugging Face model, any text file, any method."""
