@@ -21,7 +21,18 @@ from peftkern.registry import apply_environment, backends, use_backend
 if TYPE_CHECKING:
     from peftkern import nn, optim
     from peftkern.checkpoint import load_adapter, save_adapter
-    from peftkern.hf import LoRAConfig, merge, patch, set_adapter, unmerge, unpatch
+    from peftkern.hf import (
+        IA3Config,
+        LoRAConfig,
+        adapter_rows,
+        add_weighted_adapter,
+        disable_adapter,
+        merge,
+        patch,
+        set_adapter,
+        unmerge,
+        unpatch,
+    )
     from peftkern.hf.accelerate import accelerate
     from peftkern.hf.trainer import PeftkernCallback
     from peftkern.hf.verify import verify
@@ -37,6 +48,10 @@ _LAZY = {
     "nn": "peftkern.nn",
     "optim": "peftkern.optim",
     "LoRAConfig": "peftkern.hf",
+    "IA3Config": "peftkern.hf",
+    "adapter_rows": "peftkern.hf",
+    "add_weighted_adapter": "peftkern.hf",
+    "disable_adapter": "peftkern.hf",
     "accelerate": "peftkern.hf.accelerate",
     "verify": "peftkern.hf.verify",
     "GradientWatchdog": "peftkern.hf.watchdog",
@@ -55,12 +70,16 @@ _LAZY = {
 
 __all__ = [
     "GradientWatchdog",
+    "IA3Config",
     "LoRAConfig",
     "PeftkernCallback",
     "QuantizedTensor",
     "__version__",
     "accelerate",
+    "adapter_rows",
+    "add_weighted_adapter",
     "backends",
+    "disable_adapter",
     "functional",
     "importance",
     "load_adapter",

@@ -203,19 +203,22 @@ def rewrite(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True}, "use_dora=True"),
+        ({"use_qalora": True}, "use_qalora=True"),
         ({"bias": "all"}, "bias='all'"),
-        ({"lora_bias": True}, "lora_bias=True"),
+        ({"bias": "lora_only"}, "bias='lora_only'"),
+        ({"use_dora": True}, "missing keys: .*lora_magnitude_vector"),
+        ({"lora_bias": True}, "missing keys: .*lora_B.bias"),
         ({"target_parameters": ["experts.w"]}, "target_parameters"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"alora_invocation_tokens": [1]}, "activated LoRA"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' changes"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights='corda' changes the base"),
         ({"use_wonder": True}, "use_wonder=True is unknown"),
-        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"peft_type": "VERA"}, "peft_type is 'VERA'"),
         ({"target_modules": None}, "target_modules is missing"),
         ({"r": 0}, "r: expected a positive integer"),
-        ({"use_dora": True, "bias": "all"}, "use_dora=True.*bias='all'|bias='all'.*use_dora"),
+        ({"use_bdlora": True, "bias": "all"}, "use_bdlora=True.*bias='all'|bias='all'.*use_bd"),
     ],
 )
 def test_what_we_do_not_compute_is_refused(

@@ -9,7 +9,9 @@
   which loading copies (keys below ``PREFIX``, ``base_model.model.`` when it is not defined);
 - ``check_same_function(sites, adapter_name, config)``: an error when an existing adapter would
   compute something else with the file's tensors;
-- ``summary(fields)``: one line for people.
+- ``summary(fields)``: one line for people;
+- optionally ``frozen_tensors(sites, adapter_name)``: weights of the base that a file may hold and
+  that must then be the model's own.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from types import ModuleType
 
 from peftkern.checkpoint.peft_common import PEFT_VERSION
 
-_KINDS = {"LORA": "lora"}
+_KINDS = {"LORA": "lora", "IA3": "ia3"}
 
 
 def codec_of(kind: str) -> ModuleType:

@@ -69,3 +69,8 @@ def some(items: Sequence[str]) -> str:
     """The first few of a list, and how many more there are."""
     more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
     return ", ".join(items[:_SHOWN]) + more
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: lists for tuples."""
+    return list(value) if isinstance(value, tuple) else value

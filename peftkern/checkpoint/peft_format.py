@@ -39,6 +39,7 @@ def save_adapter(
     path: str | Path,
     format: str = "peft",
     adapter_names: str | Sequence[str] | None = None,
+    plain_lora: bool = False,
 ) -> None:
     """Save adapters so that PEFT's ``PeftModel.from_pretrained`` reads them.
 
@@ -48,6 +49,9 @@ def save_adapter(
             folder of its name below, as in PEFT.
         format: ``"peft"``.
         adapter_names: which adapters; all of them when left out.
+        plain_lora: write an adapter that began with PiSSA or OLoRA as a plain one, of twice the
+            rank, for the original base. Otherwise ``init_lora_weights`` in the file says how its
+            base is derived from the original one, which PEFT and :func:`load_adapter` do.
 
     Raises:
         ValueError: unknown format or adapter, or the model is not patched.
@@ -79,8 +83,11 @@ def save_adapter(
         config = handle.adapters[name].config
         codec = codec_of(config.kind)
         fields = codec.to_fields(config, model, sites, name)
+        held = adapter_tensors(codec, model, sites, name)
+        if plain_lora:
+            fields, held = _as_plain_lora(codec, fields, held, sites, name)
         # Weights first: a config without weights is the confusing half of an interrupted save.
-        write_safetensors(folder / WEIGHTS_NAME, adapter_tensors(codec, model, sites, name))
+        write_safetensors(folder / WEIGHTS_NAME, held)
         write_json(folder / CONFIG_NAME, fields)
         if not (folder / "README.md").exists():
             write_atomically(folder / "README.md", _card(fields, codec.summary(fields)).encode())
@@ -147,7 +154,11 @@ def load_adapter(
         if exists:
             codec.check_same_function(sites, adapter_name, config)
         wanted = adapter_tensors(codec, model, sites, adapter_name)
-        _copy_in(folder / WEIGHTS_NAME, wanted)
+        beside: dict[str, Tensor] = {}
+        if hasattr(codec, "frozen_tensors"):
+            beside = codec.frozen_tensors(sites, adapter_name)
+        frozen = {f"{_PREFIX}{key}": tensor for key, tensor in beside.items()}
+        _copy_in(folder / WEIGHTS_NAME, wanted, frozen)
     except BaseException:
         if not exists:
             handle.drop_latest()
@@ -186,6 +197,22 @@ def adapter_tensors(
     return held
 
 
+def _as_plain_lora(
+    codec: ModuleType,
+    fields: dict[str, Any],
+    held: dict[str, Tensor],
+    sites: Sequence[Site],
+    adapter_name: str,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not hasattr(codec, "as_plain_lora"):
+        raise ValueError(
+            f"plain_lora: adapter {adapter_name!r} is a {fields['peft_type']} adapter, not LoRA"
+        )
+    bare = {key.removeprefix(_PREFIX): tensor for key, tensor in held.items()}
+    fields, bare = codec.as_plain_lora(fields, bare, sites, adapter_name)
+    return fields, {f"{_PREFIX}{key}": tensor for key, tensor in bare.items()}
+
+
 def _check_files(folder: Path) -> None:
     if not folder.exists():
         raise FileNotFoundError(f"path: {folder} does not exist")
@@ -207,16 +234,23 @@ def _check_files(folder: Path) -> None:
 
 
 @torch.no_grad()
-def _copy_in(path: Path, wanted: dict[str, Tensor]) -> None:
+def _copy_in(path: Path, wanted: dict[str, Tensor], frozen: dict[str, Tensor]) -> None:
     with open_safetensors(path) as file:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
         problems = []
         missing = [key for key in wanted if key not in shapes]
         if missing:
             problems.append(f"missing keys: {some(missing)}")
-        unexpected = [key for key in shapes if key not in wanted]
+        unexpected = [key for key in shapes if key not in wanted and key not in frozen]
         if unexpected:
             problems.append(f"unexpected keys: {some(unexpected)}")
+        other = [
+            key
+            for key, tensor in frozen.items()
+            if key in shapes and not _same(file.get_tensor(key), tensor)
+        ]
+        if other:
+            problems.append(f"made for other base weights than the model's: {some(other)}")
         wrong = [
             f"{key} (file {list(shapes[key])}, model {list(tensor.shape)})"
             for key, tensor in wanted.items()
@@ -236,6 +270,10 @@ def _copy_in(path: Path, wanted: dict[str, Tensor]) -> None:
             tensor.copy_(value)
     if narrowed:
         logger.warning("%s: values were rounded on loading: %s", path, some(narrowed))
+
+
+def _same(value: Tensor, tensor: Tensor) -> bool:
+    return value.shape == tensor.shape and torch.equal(value.to(tensor), tensor)
 
 
 def _card(fields: dict[str, Any], summary: str) -> str:

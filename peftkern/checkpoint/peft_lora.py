@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from peftkern.checkpoint.peft_common import (
     PEFT_VERSION,
     base_model_fields,
+    plain,
     refuse_unknown,
     some,
     task_of,
 )
 from peftkern.hf.methods.lora import LoRAConfig
-from peftkern.hf.targets import Site, by_pattern, excluded, in_layers, matches, minimal_names
+from peftkern.hf.targets import Site, by_pattern, explicit_targets
+from peftkern.nn.embedding import LoRAEmbedding
 from peftkern.nn.lora import LoRALinear
+from peftkern.nn.lora_init import changes_base, is_reproducible
+from peftkern.nn.structure import is_dense_linear
 
 PEFT_TYPE = "LORA"
 
@@ -77,19 +80,17 @@ _REFUSED = {
     "ensure_weight_tying": "adapters tied between layers",
     "kasa_config": "KaSA",
     "layer_replication": "replicated layers",
-    "lora_bias": "a bias on lora_B",
     "megatron_config": "Megatron layers",
     "monteclora_config": "MonteCLoRA",
     "target_parameters": "adapters on bare parameters",
     "trainable_token_indices": "trainable token rows",
     "use_bdlora": "block-diagonal LoRA",
-    "use_dora": "DoRA",
     "use_qalora": "QA-LoRA",
     "velora_config": "VeLoRA",
 }
-# Initialisations that leave the base weight alone; the others subtract something from it, so that
-# their adapters are right only with the changed base.
-_SAFE_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
+# Initialisations that the trained tensors have replaced and that say nothing about the base; the
+# others are read as a plain start. PiSSA, OLoRA and LoftQ changed the base: it is derived again.
+_FORGOTTEN = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 def _check_supported(fields: dict[str, Any], where: str) -> None:
@@ -104,10 +105,10 @@ def _check_supported(fields: dict[str, Any], where: str) -> None:
     """
     problems = refuse_unknown(fields, FIELDS, _REFUSED)
     start = fields.get("init_lora_weights", True)
-    if start not in _SAFE_INITIALISATIONS:
+    if start not in _FORGOTTEN and not (changes_base(start) and is_reproducible(start)):
         problems.append(
-            f"init_lora_weights={start!r} changes the base weights, so the adapter is right only "
-            "with them; convert it in PEFT with save_pretrained("
+            f"init_lora_weights={start!r} changes the base weights in a way that cannot be derived "
+            "again; convert the adapter in PEFT with save_pretrained("
             "path_initial_model_for_weight_conversion=...)"
         )
     if fields.get("target_modules") in (None, [], ""):
@@ -129,8 +130,13 @@ def from_fields(fields: dict[str, Any], where: str, options: dict[str, Any]) -> 
     """
     _check_supported(fields, where)
     task, saved = task_of(fields)
+    start = fields.get("init_lora_weights", True)
     try:
         return LoRAConfig(
+            init_lora_weights=start if changes_base(start) else True,
+            loftq_config=_loftq(fields),
+            use_dora=bool(fields.get("use_dora", False)),
+            lora_bias=bool(fields.get("lora_bias", False)),
             r=fields.get("r", 8),
             lora_alpha=fields.get("lora_alpha", 8),
             lora_dropout=fields.get("lora_dropout", 0.0),
@@ -169,17 +175,22 @@ def to_fields(
     fields = dict(FIELDS)
     fields.update(
         alpha_pattern=dict(config.alpha_pattern),
-        exclude_modules=_plain(written.exclude_modules),
-        fan_in_fan_out=any(layer.fan_in_fan_out for layer in layers.values()),
+        exclude_modules=plain(written.exclude_modules),
+        fan_in_fan_out=any(
+            layer.fan_in_fan_out for layer in layers.values() if isinstance(layer, LoRALinear)
+        ),
         init_lora_weights=config.init_lora_weights,
-        layers_pattern=_plain(written.layers_pattern),
-        layers_to_transform=_plain(written.layers_to_transform),
+        layers_pattern=plain(written.layers_pattern),
+        loftq_config=dict(config.loftq_config) if config.init_lora_weights == "loftq" else {},
+        layers_to_transform=plain(written.layers_to_transform),
         lora_alpha=config.lora_alpha,
+        lora_bias=config.lora_bias,
         lora_dropout=config.lora_dropout,
         modules_to_save=list(config.saved_names) or None,
         r=config.r,
         rank_pattern=dict(config.rank_pattern),
-        target_modules=_plain(written.target_modules),
+        target_modules=plain(written.target_modules),
+        use_dora=config.use_dora,
         use_rslora=config.use_rslora,
         **base_model_fields(model, config.task_type),
     )
@@ -195,12 +206,101 @@ def tensors(model: nn.Module, sites: Sequence[Site], adapter_name: str) -> dict[
         adapter_name: which adapter.
 
     Returns:
-        ``<path>.lora_A.weight`` [r, in] and ``<path>.lora_B.weight`` [out, r].
+        ``<path>.lora_A.weight`` [r, in] and ``<path>.lora_B.weight`` [out, r]; where there is one,
+        ``<path>.lora_B.bias`` [out] and ``<path>.lora_magnitude_vector`` [out]. For embeddings
+        ``<path>.lora_embedding_A`` [r, vocabulary] and ``<path>.lora_embedding_B`` [width, r].
     """
     held: dict[str, Tensor] = {}
     for path, layer in _layers(sites, adapter_name).items():
-        held[f"{path}.lora_A.weight"], held[f"{path}.lora_B.weight"] = layer.factors(adapter_name)
+        a, b = layer.factors(adapter_name)
+        if isinstance(layer, LoRAEmbedding):
+            held[f"{path}.lora_embedding_A"], held[f"{path}.lora_embedding_B"] = a, b
+            continue
+        held[f"{path}.lora_A.weight"], held[f"{path}.lora_B.weight"] = a, b
+        if layer.lora_bias[adapter_name]:
+            held[f"{path}.lora_B.bias"] = layer.lora_B[adapter_name].bias  # type: ignore[assignment]
+        if layer.use_dora[adapter_name]:
+            magnitude = layer.lora_magnitude_vector[adapter_name].weight
+            held[f"{path}.lora_magnitude_vector"] = magnitude  # type: ignore[assignment]
     return held
+
+
+def frozen_tensors(sites: Sequence[Site], adapter_name: str) -> dict[str, Tensor]:
+    """Weights that PEFT writes beside the adapters of embeddings and output layers.
+
+    Args:
+        sites: the model's modules.
+        adapter_name: which adapter.
+
+    Returns:
+        ``<path>.base_layer.weight`` of dense layers: a file may hold it, and then its values must
+        be the model's own.
+    """
+    held: dict[str, Tensor] = {}
+    for path, layer in _layers(sites, adapter_name).items():
+        base = layer.base_layer
+        if isinstance(layer, LoRAEmbedding) or is_dense_linear(base):
+            held[f"{path}.base_layer.weight"] = base.weight  # type: ignore[assignment]
+    return held
+
+
+@torch.no_grad()
+def as_plain_lora(
+    fields: dict[str, Any], held: dict[str, Tensor], sites: Sequence[Site], adapter_name: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """An adapter that changed its base, as one of twice the rank on the original base.
+
+    With ``W = base + s B0 A0``, ``base + s B A = W + s (B A - B0 A0)``: the factors stand side by
+    side, and lora_alpha grows so that s stays (PEFT's conversion).
+
+    Args:
+        fields: content of ``adapter_config.json``.
+        held: the adapter's tensors by their keys without prefix.
+        sites: the model's modules.
+        adapter_name: which adapter.
+
+    Returns:
+        The new fields and tensors; the same ones when no base was changed.
+
+    Raises:
+        ValueError: the adapter began with LoftQ, whose base is more than this away from the
+            original weight, or has DoRA's magnitudes.
+    """
+    layers = _layers(sites, adapter_name)
+    taken = {
+        path: layer.taken[adapter_name]
+        for path, layer in layers.items()
+        if isinstance(layer, LoRALinear) and adapter_name in layer.taken
+    }
+    if not taken:
+        return fields, held
+    if len(taken) != len(layers):
+        whole = next(path for path in layers if path not in taken)
+        raise ValueError(f"plain_lora: {whole} did not change its base, so its rank would differ")
+    for why, names in (
+        (
+            "began with LoftQ, whose rounding is not low-rank",
+            [p for p in taken if taken[p][0] == "loftq"],
+        ),
+        ("learns magnitudes (DoRA)", [p for p in taken if layers[p].use_dora[adapter_name]]),
+    ):
+        if names:
+            raise ValueError(f"plain_lora: the adapter {why}; save it as it is ({some(names)})")
+    out = dict(held)
+    for path, (_, a, b) in taken.items():
+        down, up = f"{path}.lora_A.weight", f"{path}.lora_B.weight"
+        out[down] = torch.cat([held[down], a.to(held[down])])
+        out[up] = torch.cat([held[up], -b.to(held[up])], dim=1)
+    factor = math.sqrt(2) if fields["use_rslora"] else 2
+    changed = {
+        "init_lora_weights": True,
+        "loftq_config": {},
+        "r": 2 * fields["r"],
+        "lora_alpha": factor * fields["lora_alpha"],
+        "rank_pattern": {key: 2 * r for key, r in fields["rank_pattern"].items()},
+        "alpha_pattern": {key: factor * a for key, a in fields["alpha_pattern"].items()},
+    }
+    return fields | changed, out
 
 
 def check_same_function(sites: Sequence[Site], adapter_name: str, config: LoRAConfig) -> None:
@@ -214,6 +314,14 @@ def check_same_function(sites: Sequence[Site], adapter_name: str, config: LoRACo
         r = by_pattern(config.rank_pattern, path, config.r)
         alpha = by_pattern(config.alpha_pattern, path, config.lora_alpha)
         scaling, have = alpha / (math.sqrt(r) if config.use_rslora else r), layer.scaling
+        if isinstance(layer, LoRALinear):
+            begun = layer.taken[adapter_name][0] if adapter_name in layer.taken else True
+            wanted = config.init_lora_weights if changes_base(config.init_lora_weights) else True
+            if begun != wanted:
+                raise ValueError(
+                    f"the file's adapter stands on a base changed by init_lora_weights={wanted!r}, "
+                    f"the existing one on {begun!r} ({path}); unpatch first"
+                )
         if r == layer.r[adapter_name] and not math.isclose(
             scaling, have[adapter_name], rel_tol=1e-9
         ):
@@ -230,51 +338,19 @@ def summary(fields: dict[str, Any]) -> str:
     return f"LoRA adapter. Rank {fields['r']}, alpha {fields['lora_alpha']}."
 
 
-def _layers(sites: Sequence[Site], adapter_name: str) -> dict[str, LoRALinear]:
+def _layers(sites: Sequence[Site], adapter_name: str) -> dict[str, LoRALinear | LoRAEmbedding]:
     return {
         site.name: site.module
         for site in sites
-        if isinstance(site.module, LoRALinear) and adapter_name in site.module.adapter_names
+        if isinstance(site.module, LoRALinear | LoRAEmbedding)
+        and adapter_name in site.module.adapter_names
     }
 
 
-def explicit_targets(
-    config: LoRAConfig, sites: Sequence[Site], adapted: Sequence[str]
-) -> LoRAConfig:
-    """The config with targets that mean exactly the adapted modules to PEFT.
-
-    What the user wrote is kept when PEFT would read it so; "all-linear", and targets of which some
-    were refused, become the shortest names that mean just these modules.
-    """
-    if config.target_modules != "all-linear" and _meant(config, sites) == set(adapted):
-        return config
-    others = [site.name for site in sites if site.name not in set(adapted)]
-    exact = replace(
-        config,
-        target_modules=tuple(minimal_names(adapted, others)),
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
-    )
-    if _meant(exact, sites) == set(adapted):
-        return exact
-    # A whole path that is also the end of another one cannot be said as a name.
-    return replace(exact, target_modules="|".join(re.escape(path) for path in adapted))
-
-
-def _meant(config: LoRAConfig, sites: Sequence[Site]) -> set[str]:
-    return {
-        site.name
-        for site in sites
-        if matches(config.target_modules, site.name)
-        and in_layers(config, site.name)
-        and excluded(config, site.name) is None
-    }
+def _loftq(fields: dict[str, Any]) -> dict[str, int]:
+    config = fields.get("loftq_config") or {}
+    return {key: value for key, value in config.items() if value is not None}
 
 
 def _none_if_empty(value: Any) -> Any:
     return None if value == [] else value
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

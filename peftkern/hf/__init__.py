@@ -2,17 +2,23 @@
 
 from peftkern.hf.adapters import disable_adapter, merge, set_adapter, unmerge
 from peftkern.hf.config import AdapterConfig, TargetedConfig
+from peftkern.hf.methods.ia3 import IA3Config
 from peftkern.hf.methods.lora import LoRAConfig
 from peftkern.hf.patching import PatchHandle, patch, unpatch
 from peftkern.hf.report import PatchReport, Row
+from peftkern.hf.rows import adapter_rows
+from peftkern.hf.weighted import add_weighted_adapter
 
 __all__ = [
     "AdapterConfig",
+    "IA3Config",
     "LoRAConfig",
     "PatchHandle",
     "PatchReport",
     "Row",
     "TargetedConfig",
+    "adapter_rows",
+    "add_weighted_adapter",
     "disable_adapter",
     "merge",
     "patch",

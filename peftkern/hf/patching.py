@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from peftkern.hf.report import (
     parameter_counts,
     serving_kernel,
 )
+from peftkern.hf.rows import accept_rows
 from peftkern.hf.rules import rule_for
 from peftkern.hf.undo import Added, UndoLog
 from peftkern.hf.verify import Loss, VerifyReport, verify
@@ -233,6 +235,7 @@ def apply_config(
     try:
         _apply(model, config, adapter_name, plan, log, progress)
         if fresh:
+            accept_rows(model, log)
             for hook in watch_input_embeddings(model):
                 log.on_rollback(hook.remove)
     except BaseException as error:
@@ -335,8 +338,13 @@ def _apply_step(step: Step, config: AdapterConfig, adapter_name: str, log: UndoL
         assert isinstance(module, AdapterLayer)
         log.added.append(Added(module, adapter_name))
         step.extend()
+    elif step.rebase is not None:
+        layer = step.rebase(module, partial(_base_for, step, config))
+        log.replace(module, layer, step.site.slots)
+        if not step.tied:
+            log.park(module, layer, config.keep_original, step.site.name)
     elif step.wrap is not None or step.quantize:
-        base = _base_for(step, config)
+        base = _base_for(step, config, module)
         current = base if step.wrap is None else step.wrap(base)
         log.replace(module, current, step.site.slots)
         if step.quantize:
@@ -346,8 +354,7 @@ def _apply_step(step: Step, config: AdapterConfig, adapter_name: str, log: UndoL
 
 
 @torch.no_grad()
-def _base_for(step: Step, config: AdapterConfig) -> nn.Module:
-    module = step.site.module
+def _base_for(step: Step, config: AdapterConfig, module: nn.Module) -> nn.Module:
     if not step.quantize:
         rule = rule_for(module)
         return module if rule is None else rule.base(module)

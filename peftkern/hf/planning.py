@@ -37,8 +37,11 @@ class Step:
         site: the module and its places.
         was: class name of the original.
         wrap: makes the module that takes this one's place from it, or from its quantized form.
+        rebase: the same where the adapter takes a part of the weight into itself: makes it from
+            the original and from what makes a base of the rest.
         extend: adds an adapter to the adapter layer that stands here already.
         act: anything else; what it changes it notes in the log.
+        tied: whether another module holds its weight too.
         copy: it gets a trainable copy.
         quantize: its weight is quantized.
         r: rank, or width, of the adapter.
@@ -50,8 +53,10 @@ class Step:
     site: Site
     was: str
     wrap: Callable[[nn.Module], nn.Module] | None = None
+    rebase: Callable[[nn.Module, Callable[[nn.Module], nn.Module]], AdapterLayer] | None = None
     extend: Callable[[], object] | None = None
     act: Callable[[UndoLog], object] | None = None
+    tied: bool = False
     copy: bool = False
     quantize: bool = False
     r: int = 0
@@ -62,7 +67,8 @@ class Step:
     @property
     def adapts(self) -> bool:
         """Whether the module gets an adapter."""
-        return self.wrap is not None or self.extend is not None or self.act is not None
+        ways = (self.wrap, self.rebase, self.extend, self.act)
+        return any(way is not None for way in ways)
 
     @property
     def acts(self) -> bool:
@@ -103,8 +109,23 @@ class Planning:
         """The modules that target_modules speaks of, and other linear layers with the reason."""
         return choose(self.model, self.sites, config.target_modules, config)
 
-    def adaptable(self, choice: Choice, layer: type[AdapterLayer]) -> Step | None:
+    def tied(self, site: Site) -> list[str]:
+        """Paths of other modules that hold the very weight of this one."""
+        return _tied(site, _weight_owners(self.sites))
+
+    def adaptable(
+        self,
+        choice: Choice,
+        layer: type[AdapterLayer],
+        refusal: Callable[[nn.Module], str | None] | None = None,
+    ) -> Step | None:
         """The step of a target that can carry an adapter ``layer``; else the reason is noted.
+
+        Args:
+            choice: the target.
+            layer: class of the adapter layer.
+            refusal: why a module of the target's kind cannot be adapted; linear layers' rules when
+                left out.
 
         Raises:
             ValueError: it carries an adapter of this name already.
@@ -120,15 +141,15 @@ class Planning:
         if isinstance(module, layer):
             if self.adapter_name in module.adapter_names:
                 raise ValueError(_exists(self.adapter_name, name))
-        elif (refusal := _why_not_adapted(module)) is not None:
-            step.refuse(refusal)
+        elif (why := _why_not_adapted(module, refusal or _why_not_linear)) is not None:
+            step.refuse(why)
             return None
         if step.site.aliases:
             step.reasons.append(f"one adapter serves also {', '.join(step.site.aliases)}")
         return step
 
 
-def _why_not_adapted(module: nn.Module) -> str | None:
+def _why_not_adapted(module: nn.Module, refusal: Callable[[nn.Module], str | None]) -> str | None:
     if isinstance(module, TrainableCopy):
         return "is trained in full by another adapter"
     if isinstance(module, AdapterLayer):
@@ -138,6 +159,10 @@ def _why_not_adapted(module: nn.Module) -> str | None:
             f"is an adapter layer of another library ({type(module).__module__}); patch the model "
             "before that library wraps it, or unload its adapters"
         )
+    return refusal(module)
+
+
+def _why_not_linear(module: nn.Module) -> str | None:
     rule = rule_for(module)
     return why_unknown(module) if rule is None else rule.refusal(module)
 
@@ -265,7 +290,7 @@ def _why_not_quantized(
     reason = rule.quantizable(module)
     if reason is not None:
         return reason
-    tied = [path for path in owners[id(module.weight)] if path not in site.names]
+    tied = _tied(site, owners)
     if tied:
         return f"its weight is tied to {tied[0]}"
     parts = site.name.split(".")
@@ -281,6 +306,10 @@ def _weight_owners(sites: Sequence[Site]) -> dict[int, list[str]]:
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(site.name)
     return owners
+
+
+def _tied(site: Site, owners: dict[int, list[str]]) -> list[str]:
+    return [path for path in owners[id(site.module.weight)] if path not in site.names]
 
 
 def _kept_wide(model: nn.Module) -> tuple[str, ...]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -223,3 +223,47 @@ def minimal_names(chosen: Iterable[str], others: Iterable[str]) -> list[str]:
 def _endings(path: str) -> list[str]:
     parts = path.split(".")
     return [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
+
+
+Targeted = TypeVar("Targeted", bound=TargetedConfig)
+
+
+def explicit_targets(
+    config: Targeted, sites: Sequence[Site], adapted: Sequence[str], rewrite: bool = False
+) -> Targeted:
+    """The config with targets that mean exactly the adapted modules to PEFT.
+
+    What the user wrote is kept when PEFT would read it so; "all-linear", and targets of which some
+    were refused, become the shortest names that mean just these modules.
+
+    Args:
+        config: what the model was patched with.
+        sites: its modules.
+        adapted: paths of the adapted ones.
+        rewrite: name the modules in any case.
+    """
+    keep = not rewrite and config.target_modules != ALL_LINEAR
+    if keep and _meant(config, sites) == set(adapted):
+        return config
+    others = [site.name for site in sites if site.name not in set(adapted)]
+    exact = replace(
+        config,
+        target_modules=tuple(minimal_names(adapted, others)),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+    )
+    if _meant(exact, sites) == set(adapted):
+        return exact
+    # A whole path that is also the end of another one cannot be said as a name.
+    return replace(exact, target_modules="|".join(re.escape(path) for path in adapted))
+
+
+def _meant(config: TargetedConfig, sites: Sequence[Site]) -> set[str]:
+    return {
+        site.name
+        for site in sites
+        if matches(config.target_modules, site.name)
+        and in_layers(config, site.name)
+        and excluded(config, site.name) is None
+    }

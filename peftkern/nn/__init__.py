@@ -1,8 +1,19 @@
 """Drop-in modules."""
 
+from peftkern.nn.dora import DoRALinear
+from peftkern.nn.embedding import LoRAEmbedding
+from peftkern.nn.ia3 import IA3Linear
 from peftkern.nn.linear4bit import Linear4bit
 from peftkern.nn.linear8bit import Linear8bit
 from peftkern.nn.lora import LoRALinear
 from peftkern.nn.saved import TrainableCopy
 
-__all__ = ["Linear4bit", "Linear8bit", "LoRALinear", "TrainableCopy"]
+__all__ = [
+    "DoRALinear",
+    "IA3Linear",
+    "Linear4bit",
+    "Linear8bit",
+    "LoRAEmbedding",
+    "LoRALinear",
+    "TrainableCopy",
+]

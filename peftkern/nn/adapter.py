@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from peftkern.nn.rows import AdapterRows, RowChoice
+
 
 def check_adapter_name(name: str) -> None:
     """Refuse names that PEFT's files cannot carry.
@@ -31,11 +33,14 @@ class AdapterLayer(nn.Module):
     """Bookkeeping of named adapters; subclasses hold their tensors in ``_adapter_containers``.
 
     A subclass over a frozen linear layer keeps it as ``base_layer`` and sets ``on_linear``. One
-    whose adapters can become part of the base overrides :meth:`merge` and :meth:`unmerge`.
+    whose adapters can become part of the base overrides :meth:`merge` and :meth:`unmerge`. One
+    that obeys :meth:`row_choice` sets ``serves_rows``.
     """
 
     _adapter_containers: tuple[str, ...] = ()
     on_linear = False
+    serves_rows = False
+    _rows: AdapterRows | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,8 +63,12 @@ class AdapterLayer(nn.Module):
         """True while the layer computes its original function only."""
         return self._disable_adapters
 
-    def adapter_modules(self, name: str) -> list[nn.Module]:
-        """The modules that hold the tensors of adapter ``name``; empty when it has none here."""
+    def row_choice(self) -> RowChoice | None:
+        """Which adapter each row of the input takes; ``None``: all rows take the active ones."""
+        return None if self._rows is None else self._rows.choice()
+
+    def adapter_modules(self, name: str) -> list[nn.Module | nn.Parameter]:
+        """The modules, or bare parameters, of adapter ``name``; empty when it has none here."""
         held = (getattr(self, container) for container in self._adapter_containers)
         return [modules[name] for modules in held if name in modules]
 

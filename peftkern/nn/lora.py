@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +11,16 @@ from torch import Tensor, nn
 
 from peftkern import functional
 from peftkern.nn.adapter import AdapterLayer, check_adapter_name
+from peftkern.nn.lora_init import (
+    changes_base,
+    check_initialisation,
+    draw_factors,
+    split_base,
+)
+from peftkern.nn.magnitude import Magnitude
 from peftkern.nn.merging import Merged, merge_into, unmerge_from
 from peftkern.nn.quantized import QuantizedLinear
+from peftkern.nn.rows import RowChoice, by_rows
 from peftkern.nn.structure import (
     default_device,
     dense_weight,
@@ -21,8 +30,7 @@ from peftkern.nn.structure import (
     is_dense_linear,
     own_forward,
 )
-
-INITIALISATIONS = (True, False, "gaussian")
+from peftkern.quant import QuantizedTensor
 
 
 class LoRALinear(AdapterLayer):
@@ -36,16 +44,26 @@ class LoRALinear(AdapterLayer):
         lora_dropout: probability of dropping an input of the adapter, in [0, 1).
         use_rslora: scaling lora_alpha / sqrt(r) instead of lora_alpha / r.
         adapter_name: name of the first adapter.
-        init_lora_weights: True (A Kaiming-uniform, B zero), ``"gaussian"`` (A ~ N(0, 1/r), B zero)
-            or False (both random, for tests).
+        init_lora_weights: True (A Kaiming-uniform, B zero), ``"gaussian"`` (A ~ N(0, 1/r), B zero),
+            ``"orthogonal"`` (neither zero, but B A is), or False (both random, for tests).
+            ``"pissa"``, ``"pissa_niter_<n>"``, ``"olora"`` and ``"loftq"`` move a part of the
+            weight into the adapter: ``base_layer`` is then a changed copy, and disabling the
+            adapter leaves that changed base (:mod:`peftkern.nn.lora_init`).
         lora_dtype: dtype of A and B, float32 when left out.
+        use_dora: learn the length of each row of the adapted weight (DoRA, arXiv 2402.09353).
+        lora_bias: a trained bias on B.
+        loftq_config: ``{"loftq_bits": 4 or 8, "loftq_iter": n}`` for ``"loftq"``.
+        make_base: makes the base from the layer with the rest of the weight, where the
+            initialisation changes it: ``Linear4bit.from_linear``, say.
 
     Raises:
-        TypeError: the base layer is not a linear layer.
-        ValueError: a number out of range.
+        TypeError: the base layer is not a linear layer, or not a dense one where the
+            initialisation changes it.
+        ValueError: a number out of range, or options that exclude one another.
 
     Attribute names are PEFT's: ``base_layer``, ``lora_A[name]`` [r, in] and ``lora_B[name]``
-    [out, r] (bias-free ``nn.Linear``), ``r``, ``lora_alpha``, ``scaling``, ``lora_dropout``.
+    [out, r] (``nn.Linear``), ``lora_magnitude_vector[name].weight`` [out], ``r``, ``lora_alpha``,
+    ``scaling``, ``lora_dropout``, ``use_dora``, ``lora_bias``.
 
     Example:
         >>> layer = LoRALinear(torch.nn.Linear(64, 32), r=4, lora_alpha=8)
@@ -53,8 +71,9 @@ class LoRALinear(AdapterLayer):
         torch.Size([2, 32])
     """
 
-    _adapter_containers = ("lora_A", "lora_B")
+    _adapter_containers = ("lora_A", "lora_B", "lora_magnitude_vector")
     on_linear = True
+    serves_rows = True
 
     def __init__(
         self,
@@ -66,6 +85,10 @@ class LoRALinear(AdapterLayer):
         adapter_name: str = "default",
         init_lora_weights: bool | str = True,
         lora_dtype: torch.dtype | None = None,
+        use_dora: bool = False,
+        lora_bias: bool = False,
+        loftq_config: Mapping[str, int] | None = None,
+        make_base: Callable[[nn.Module], nn.Module] | None = None,
     ) -> None:
         if not (isinstance(base_layer, QuantizedLinear) or is_dense_linear(base_layer)):
             raise TypeError(
@@ -73,21 +96,43 @@ class LoRALinear(AdapterLayer):
                 f"{type(base_layer).__name__}"
             )
         super().__init__()
+        check_adapter_name(adapter_name)
+        _check_numbers(r, lora_dropout)
+        check_initialisation(init_lora_weights, r)
+        factors: tuple[Tensor, Tensor] | None = None
+        scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        if isinstance(init_lora_weights, str) and changes_base(init_lora_weights):
+            begun = split_base(base_layer, init_lora_weights, r, scaling, loftq_config, make_base)
+            base_layer, factors = begun.base, (begun.lora_A, begun.lora_B)
         self.base_layer = base_layer.requires_grad_(False)
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
+        self.lora_magnitude_vector = nn.ModuleDict()
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.lora_dropout: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.use_rslora: dict[str, bool] = {}
+        self.use_dora: dict[str, bool] = {}
+        self.lora_bias: dict[str, bool] = {}
+        # What an adapter took out of the base weight, for conversion to a plain one.
+        self.taken: dict[str, tuple[str, Tensor, Tensor]] = {}
         self._merge: Merged | None = None
         # A subclass with a forward of its own is called; reading its weight would skip its maths.
         plain = isinstance(base_layer, QuantizedLinear) or not own_forward(base_layer)
         self._reads_weight = plain
         self.training = base_layer.training
-        self.add_adapter(
-            adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, lora_dtype
+        self._add_adapter(
+            adapter_name,
+            r,
+            lora_alpha,
+            lora_dropout,
+            use_rslora,
+            init_lora_weights,
+            lora_dtype,
+            use_dora,
+            lora_bias,
+            factors,
         )
 
     def add_adapter(
@@ -99,24 +144,49 @@ class LoRALinear(AdapterLayer):
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
         lora_dtype: torch.dtype | None = None,
+        use_dora: bool = False,
+        lora_bias: bool = False,
     ) -> None:
         """Add an adapter and make it the active one; arguments as for the class.
 
         Raises:
-            ValueError: the name is taken or not usable, or a number is out of range.
+            ValueError: the name is taken or not usable, a number is out of range, or the
+                initialisation would change the base under the adapters that stand on it.
         """
         check_adapter_name(adapter_name)
         if adapter_name in self.lora_A:
             raise ValueError(f"adapter {adapter_name!r} exists already")
         if self.merged:
             raise RuntimeError("adapters are merged into the base; unmerge before adding another")
-        if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-            raise ValueError(f"r: expected a positive integer, got {r!r}")
-        if not 0.0 <= lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout: expected a number in [0, 1), got {lora_dropout!r}")
-        if init_lora_weights not in INITIALISATIONS:
+        _check_numbers(r, lora_dropout)
+        check_initialisation(init_lora_weights, r)
+        if changes_base(init_lora_weights):
             raise ValueError(
-                f"init_lora_weights: got {init_lora_weights!r}, expected True, False or 'gaussian'"
+                f"init_lora_weights: {init_lora_weights!r} changes the base weight, on which "
+                f"{', '.join(self.adapter_names)} stands already; make it the first adapter"
+            )
+        options = (use_rslora, init_lora_weights, lora_dtype, use_dora, lora_bias, None)
+        self._add_adapter(adapter_name, r, lora_alpha, lora_dropout, *options)
+
+    def _add_adapter(
+        self,
+        name: str,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float,
+        use_rslora: bool,
+        init: bool | str,
+        lora_dtype: torch.dtype | None,
+        use_dora: bool,
+        lora_bias: bool,
+        factors: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        if use_dora and lora_bias:
+            raise ValueError("use_dora and lora_bias exclude one another")
+        if use_dora and not self._reads_weight:
+            raise ValueError(
+                f"use_dora: {type(self.base_layer).__name__} computes a forward of its own, which "
+                "need not be linear in its weight"
             )
         inner, outer = features(self.base_layer)
         device = default_device(self.base_layer)
@@ -124,24 +194,33 @@ class LoRALinear(AdapterLayer):
         # Drawn on the CPU in PEFT's order (both layers, then A again): one seed gives the same
         # adapter on every device and in both libraries.
         down = nn.Linear(inner, r, bias=False, device=where, dtype=torch.float32)
-        up = nn.Linear(r, outer, bias=False, device=where, dtype=torch.float32)
-        if init_lora_weights is True:
-            nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
-        elif init_lora_weights == "gaussian":
-            nn.init.normal_(down.weight, std=1 / r)
-        if init_lora_weights is not False:
-            nn.init.zeros_(up.weight)
+        up = nn.Linear(r, outer, bias=lora_bias, device=where, dtype=torch.float32)
+        draw_factors(down, up, init, r, self._base_dtype)
+        if factors is not None:
+            with torch.no_grad():
+                down.weight.copy_(factors[0])
+                up.weight.copy_(factors[1])
         dtype = lora_dtype if lora_dtype is not None else torch.float32
         down.to(device=device, dtype=dtype).train(self.training)
         up.to(device=device, dtype=dtype).train(self.training)
-        self.lora_A[adapter_name] = down
-        self.lora_B[adapter_name] = up
-        self.r[adapter_name] = r
-        self.lora_alpha[adapter_name] = lora_alpha
-        self.lora_dropout[adapter_name] = float(lora_dropout)
-        self.use_rslora[adapter_name] = bool(use_rslora)
-        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if use_rslora else r)
-        self.set_adapter(adapter_name)
+        self.lora_A[name] = down
+        self.lora_B[name] = up
+        self.r[name] = r
+        self.lora_alpha[name] = lora_alpha
+        self.lora_dropout[name] = float(lora_dropout)
+        self.use_rslora[name] = bool(use_rslora)
+        self.use_dora[name] = bool(use_dora)
+        self.lora_bias[name] = bool(lora_bias)
+        self.scaling[name] = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        if factors is not None:
+            a, b = self.factors(name)
+            self.taken[name] = str(init), a.detach().clone(), b.detach().clone()
+        if use_dora:
+            a, b = self.factors(name)
+            norm = functional.dora_weight_norm(self._frozen, a, b, self.scaling[name])
+            held = Magnitude(norm.to(dtype)).train(self.training)
+            self.lora_magnitude_vector[name] = held
+        self.set_adapter(name)
 
     def delete_adapter(self, name: str) -> None:
         """Remove an adapter and its tensors; unknown names are ignored.
@@ -152,7 +231,17 @@ class LoRALinear(AdapterLayer):
         if name in self.merged_adapters:
             raise RuntimeError(f"adapter {name!r} is merged into the base; unmerge first")
         super().delete_adapter(name)
-        for table in (self.r, self.lora_alpha, self.lora_dropout, self.use_rslora, self.scaling):
+        tables: tuple[dict[str, Any], ...] = (
+            self.r,
+            self.lora_alpha,
+            self.lora_dropout,
+            self.use_rslora,
+            self.use_dora,
+            self.lora_bias,
+            self.scaling,
+            self.taken,
+        )
+        for table in tables:
             table.pop(name, None)
 
     def set_adapter(self, names: Any, trainable: bool = True) -> None:
@@ -200,6 +289,16 @@ class LoRALinear(AdapterLayer):
             return self.base_layer.quantized.quant_type
         return "dense"
 
+    @property
+    def _frozen(self) -> Tensor | QuantizedTensor:
+        base = self.base_layer
+        return base.quantized if isinstance(base, QuantizedLinear) else dense_weight(base)
+
+    @property
+    def _base_dtype(self) -> torch.dtype:
+        base = self.base_layer
+        return base.quantized.dtype if isinstance(base, QuantizedLinear) else base.weight.dtype  # type: ignore[return-value]
+
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """The weights A [r, in] and B [out, r] of one adapter."""
         down, up = self.lora_A[name], self.lora_B[name]
@@ -209,41 +308,52 @@ class LoRALinear(AdapterLayer):
         """Why the fused kernel does not serve adapter ``name``; ``None`` when it does."""
         if not self._reads_weight:
             return f"{type(self.base_layer).__name__} computes a forward of its own"
+        dora = name in self.lora_magnitude_vector
         parts = (
             ("base layer", self.base_layer),
             ("lora_A", self.lora_A[name]),
             ("lora_B", self.lora_B[name]),
+            ("lora_magnitude_vector", self.lora_magnitude_vector[name] if dora else None),
         )
         for label, module in parts:
-            hooks = hooks_of(module)
+            hooks = None if module is None else hooks_of(module)
             if hooks is not None:
                 return f"its {label} carries {hooks}, which must run"
         return None
 
     def example_call(self, name: str) -> tuple[str, tuple[Any, ...]] | str:
-        """``lora_linear`` and arguments for 8 rows, or why it does not serve adapter ``name``."""
+        """The op and arguments for 8 rows, or why it does not serve adapter ``name``."""
         reason = self.why_not_fused(name)
         if reason is not None:
             return f"not fused: {reason}"
         base = self.base_layer
-        frozen: tuple[Any, ...]
+        stored: tuple[Any, ...]
         if isinstance(base, QuantizedLinear):
             q = base.quantized
-            frozen, dtype = (q.weight, *q.statistics(), q.quant_type, q.blocksize), q.dtype
+            stored = (q.weight, *q.statistics(), q.quant_type, q.blocksize)
         else:
-            weight = dense_weight(base)
-            frozen, dtype = (weight, None, None, None, "dense", 0), weight.dtype
-        x = torch.empty(8, self.in_features, dtype=dtype, device=frozen[0].device)
-        low_rank = (*self.factors(name), self.scaling[name], 0.0, None)
-        return "lora_linear", (x, *frozen, self.out_features, self.bias, *low_rank)
+            stored = (dense_weight(base), None, None, None, "dense", 0)
+        x = torch.empty(8, self.in_features, dtype=self._base_dtype, device=stored[0].device)
+        shared = (x, *stored, self.out_features, self.bias, *self.factors(name))
+        if self.use_dora[name]:
+            wide = torch.promote_types(x.dtype, torch.float32)
+            scale = torch.ones(self.out_features, dtype=wide, device=x.device)
+            return "dora_linear", (*shared, scale, self.scaling[name], 0.0, None, True)
+        return "lora_linear", (*shared, self.scaling[name], 0.0, None)
 
     def forward(self, x: Tensor) -> Tensor:
         """The adapted linear map; x [..., in] -> [..., out] in the dtype of x (autocast obeyed)."""
         if self._disable_adapters or self.merged_adapters:
             return self.base_layer(x)
+        choice = self.row_choice()
+        if choice is not None:
+            return self._mixed(x, choice)
+        return self._sum(x, self._active_adapter)
+
+    def _sum(self, x: Tensor, names: Sequence[str | None]) -> Tensor:
         y: Tensor | None = None
-        for name in self._active_adapter:
-            if name not in self.lora_A:
+        for name in names:
+            if name is None or name not in self.lora_A:
                 continue
             if y is None:
                 y = self._first(x, name)
@@ -251,29 +361,68 @@ class LoRALinear(AdapterLayer):
                 y = self._add(y, x, name)
         return self.base_layer(x) if y is None else y
 
-    def _first(self, x: Tensor, name: str) -> Tensor:
-        if self.why_not_fused(name) is not None:
-            return self._add(self.base_layer(x), x, name)
-        base = self.base_layer
-        frozen = base.quantized if isinstance(base, QuantizedLinear) else dense_weight(base)
-        down, up = self.factors(name)
-        return functional.lora_linear(
+    def _mixed(self, x: Tensor, choice: RowChoice) -> Tensor:
+        here = tuple(name for name in choice.table if name in self.lora_A)
+        if not here:
+            choice.for_rows(x.shape[0])
+            return self.base_layer(x)
+        if any(
+            self.use_dora[name] or self.lora_bias[name] or self.why_not_fused(name) is not None
+            for name in here
+        ):
+            return by_rows(choice, x, lambda name, part: self._sum(part, (name,)), here)
+        return functional.multi_lora_linear(
             x,
-            frozen,
-            down,
-            up,
-            self.scaling[name],
+            self._frozen,
+            [(*self.factors(name), self.scaling[name]) for name in here],
+            choice.ids(here, x.shape[0], x.device),
             bias=self.bias,
-            dropout_p=self.lora_dropout[name],
+            dropout_p=[self.lora_dropout[name] for name in here],
             training=self.training,
         )
 
+    def _first(self, x: Tensor, name: str) -> Tensor:
+        if self.why_not_fused(name) is not None:
+            return self._add(self.base_layer(x), x, name)
+        frozen, scaling = self._frozen, self.scaling[name]
+        down, up = self.factors(name)
+        p = self.lora_dropout[name]
+        if self.use_dora[name]:
+            magnitude = self._magnitude(name)
+            norm = magnitude.norm(frozen, down, up, scaling)
+            low_rank = (down, up, magnitude.weight, scaling, self.bias, p, self.training)
+            return functional.dora_linear(x, frozen, *low_rank, weight_norm=norm)
+        bias = self.bias
+        if self.lora_bias[name]:
+            extra = self._bias_term(name)
+            bias = extra if bias is None else bias + extra
+        return functional.lora_linear(x, frozen, down, up, scaling, bias, p, self.training)
+
+    def _bias_term(self, name: str) -> Tensor:
+        bias = self.lora_B[name].bias
+        assert isinstance(bias, Tensor)
+        return bias * self.scaling[name]
+
     def _add(self, y: Tensor, x: Tensor, name: str) -> Tensor:
+        scaling = self.scaling[name]
+        down, up = self.factors(name)
         dropped = functional.dropout(x, self.lora_dropout[name], self.training)
-        dropped = dropped.to(self.factors(name)[0].dtype)
         # Called, not read: hooks on the factors (sharding, offloading) must run.
-        term = self.lora_B[name](self.lora_A[name](dropped)) * self.scaling[name]
+        term = self.lora_B[name](self.lora_A[name](dropped.to(down.dtype))) * scaling
+        if self.use_dora[name]:
+            magnitude = self._magnitude(name)
+            # PEFT's order: without dropout the rows rescale what was computed so far; with it the
+            # base sees the dropped input a second time.
+            dropping = self.training and self.lora_dropout[name] > 0.0
+            so_far = self.base_layer(dropped) if dropping else y
+            if self.bias is not None:
+                so_far = so_far - self.bias
+            ratio = magnitude.weight / magnitude.norm(self._frozen, down, up, scaling)
+            term = (ratio - 1) * so_far + ratio * term
         return (y + term).to(y.dtype)
+
+    def _magnitude(self, name: str) -> Magnitude:
+        return self.lora_magnitude_vector[name]  # type: ignore[return-value]
 
     @torch.no_grad()
     def delta_weight(self, name: str) -> Tensor:
@@ -281,6 +430,7 @@ class LoRALinear(AdapterLayer):
         down, up = self.factors(name)
         return (up.float() @ down.float()) * self.scaling[name]
 
+    @torch.no_grad()
     def merge(
         self, adapter_names: list[str] | None = None, max_error: float | None = None
     ) -> float:
@@ -316,13 +466,39 @@ class LoRALinear(AdapterLayer):
                 raise ValueError(f"adapter_names: no adapter {name!r} here; there are: {known}")
         if not names:
             return 0.0
-        delta = self.delta_weight(names[0])
-        for name in names[1:]:
-            delta += self.delta_weight(name)
-        self._merge = merge_into(self.base_layer, delta, max_error)
+        biased = [name for name in names if self.lora_bias[name]]
+        if biased and self.bias is None:
+            raise ValueError(
+                f"adapter {biased[0]!r} has a bias (lora_bias), but the base layer has none to "
+                "merge it into"
+            )
+        update = None
+        if biased:
+            update = torch.stack([self._bias_term(name).float() for name in biased]).sum(0)
+        self._merge = merge_into(self.base_layer, self._update(names), max_error, update)
         self.merged_adapters = names
         return self._merge.error
 
+    def _update(self, names: Sequence[str]) -> Tensor:
+        """What these adapters, in this order, add to the base weight: fp32 [out, in]."""
+        delta = self.delta_weight(names[0])
+        if not any(self.use_dora[name] for name in names):
+            for name in names[1:]:
+                delta += self.delta_weight(name)
+            return delta
+        frozen = self._frozen
+        dense = frozen.dequantize(torch.float32) if isinstance(frozen, QuantizedTensor) else frozen
+        base = dense.float()
+        merged = base
+        for name in names:
+            merged = merged + self.delta_weight(name)
+            if self.use_dora[name]:
+                magnitude = self._magnitude(name)
+                norm = magnitude.norm(frozen, *self.factors(name), self.scaling[name])
+                merged = (magnitude.weight.float() / norm.float())[:, None] * merged
+        return merged - base
+
+    @torch.no_grad()
     def unmerge(self) -> None:
         """Put the base weight back exactly as it was; does nothing when nothing is merged."""
         if self._merge is not None:
@@ -342,3 +518,10 @@ class LoRALinear(AdapterLayer):
         active = ",".join(self._active_adapter)
         state = ", disabled" if self._disable_adapters else ", merged" if self.merged else ""
         return f"format={self.format!r}, r={self.r}, active={active!r}{state}"
+
+
+def _check_numbers(r: int, lora_dropout: float) -> None:
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise ValueError(f"r: expected a positive integer, got {r!r}")
+    if not 0.0 <= lora_dropout < 1.0:
+        raise ValueError(f"lora_dropout: expected a number in [0, 1), got {lora_dropout!r}")

@@ -1,4 +1,4 @@
-"""Merging low-rank updates into a frozen weight, and what quantization makes of them."""
+"""Merging updates into a frozen weight, and what rounding and quantization make of them."""
 
 from __future__ import annotations
 
@@ -33,13 +33,16 @@ def relative_error(written: Tensor, base: Tensor, delta: Tensor) -> float:
 
 
 @torch.no_grad()
-def merge_into(base: nn.Module, delta: Tensor, max_error: float | None) -> Merged:
-    """Write base + delta into a dense or quantized linear layer.
+def merge_into(
+    base: nn.Module, delta: Tensor, max_error: float | None, bias_delta: Tensor | None = None
+) -> Merged:
+    """Write base + delta into a dense or quantized linear layer, or into an embedding's table.
 
     Args:
-        base: ``nn.Linear``, ``Conv1D``, ``Linear4bit`` or ``Linear8bit``.
-        delta: the update, fp32 [out, in].
+        base: ``nn.Linear``, ``Conv1D``, ``nn.Embedding``, ``Linear4bit`` or ``Linear8bit``.
+        delta: the update, fp32 [out, in] (of an embedding: as its table is stored).
         max_error: refuse before writing when the relative error is larger.
+        bias_delta: update of the bias [out], if it has one.
 
     Returns:
         The error and what was there before.
@@ -47,10 +50,23 @@ def merge_into(base: nn.Module, delta: Tensor, max_error: float | None) -> Merge
     Raises:
         ValueError: the update is not finite, or the error exceeds ``max_error``.
     """
-    if not bool(torch.isfinite(delta).all()):
-        raise ValueError("the update to merge contains NaN or infinity; nothing was written")
+    for update in (delta, bias_delta):
+        if update is not None and not bool(torch.isfinite(update).all()):
+            raise ValueError("the update to merge contains NaN or infinity; nothing was written")
     if isinstance(base, QuantizedLinear):
-        return _merge_quantized(base, delta, max_error)
+        merged = _merge_quantized(base, delta, max_error)
+    else:
+        merged = _merge_dense(base, delta, max_error)
+    bias = base._parameters.get("bias")
+    if bias_delta is not None and bias is not None:
+        wide = torch.promote_types(bias.dtype, torch.float32)
+        sum_ = (bias.to(wide) + bias_delta.to(wide)).to(bias.dtype)
+        base.bias = nn.Parameter(sum_, requires_grad=bias.requires_grad)
+        merged.kept["bias"] = bias
+    return merged
+
+
+def _merge_dense(base: nn.Module, delta: Tensor, max_error: float | None) -> Merged:
     weight = base.weight
     assert isinstance(weight, nn.Parameter)
     update = delta.t() if is_conv1d(base) else delta

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from peftkern.nn.adapter import AdapterLayer
+from peftkern.nn.rows import by_rows
 
 
 class TrainableCopy(AdapterLayer):
@@ -23,6 +24,7 @@ class TrainableCopy(AdapterLayer):
     """
 
     _adapter_containers = ("modules_to_save",)
+    serves_rows = True
 
     def __init__(self, original: nn.Module, adapter_name: str = "default") -> None:
         super().__init__()
@@ -78,8 +80,25 @@ class TrainableCopy(AdapterLayer):
         super().set_adapter(chosen, trainable)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module in use."""
-        return self.in_use(*args, **kwargs)
+        """Call the module in use; with rows chosen, each row's own copy (one tensor in, one out).
+
+        Raises:
+            ValueError: rows are chosen, and the module takes more than one tensor.
+        """
+        choice = None if self._disable_adapters else self.row_choice()
+        if choice is None:
+            return self.in_use(*args, **kwargs)
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+            raise ValueError(
+                f"adapter_names: the trained copies of {type(self.original_module).__name__} take "
+                "more than one tensor, which cannot be split by rows"
+            )
+        return by_rows(choice, args[0], self._one, self.adapter_names)
+
+    def _one(self, name: str | None, x: Tensor) -> Tensor:
+        module = self.original_module if name is None else self.modules_to_save[name]
+        y: Tensor = module(x)
+        return y
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
+
+from torch import nn
 
 from peftkern.hf.config import (
     TargetedConfig,
@@ -15,15 +18,20 @@ from peftkern.hf.config import (
     positive_int,
 )
 from peftkern.hf.planning import Planning
-from peftkern.hf.targets import Site, by_pattern
-from peftkern.nn.lora import INITIALISATIONS, LoRALinear
+from peftkern.hf.rules import rule_for
+from peftkern.hf.targets import Choice, Site, by_pattern
+from peftkern.nn.embedding import LoRAEmbedding
+from peftkern.nn.lora import LoRALinear
+from peftkern.nn.lora_init import changes_base, check_initialisation, check_loftq
+from peftkern.nn.quantized import QuantizedLinear
+from peftkern.nn.structure import features, is_dense_linear, own_forward
 
 logger = logging.getLogger("peftkern")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig(TargetedConfig):
-    """Low-rank adapters on linear layers, optionally over a quantized base.
+    """Low-rank adapters on linear layers and embeddings, optionally over a quantized base.
 
     Args:
         r: rank of the updates.
@@ -32,7 +40,14 @@ class LoRAConfig(TargetedConfig):
         rank_pattern: other ranks, by regular expression on the end of the path.
         alpha_pattern: other lora_alpha, in the same way.
         use_rslora: scaling lora_alpha / sqrt(r).
-        init_lora_weights: True, ``"gaussian"`` or False; see :class:`peftkern.nn.LoRALinear`.
+        init_lora_weights: True, ``"gaussian"``, ``"orthogonal"`` or False; or ``"pissa"``,
+            ``"pissa_niter_<n>"``, ``"olora"`` and ``"loftq"``, which move a part of each dense
+            weight into the adapter and quantize what is left, if ``quantize`` says so. See
+            :class:`peftkern.nn.LoRALinear`.
+        use_dora: learn the length of each row of the adapted weights (DoRA); linear layers only.
+        lora_bias: a trained bias on each B; linear layers only.
+        loftq_config: ``loftq_iter`` rounds of LoftQ, and ``loftq_bits`` (4 or 8) that its dense
+            base is rounded to without ``quantize``.
 
     Further fields: :class:`TargetedConfig` (which modules) and :class:`AdapterConfig` (what is
     trained in full, how the base is kept).
@@ -55,6 +70,9 @@ class LoRAConfig(TargetedConfig):
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_rslora: bool = False
     init_lora_weights: bool | str = True
+    use_dora: bool = False
+    lora_bias: bool = False
+    loftq_config: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,37 +85,123 @@ class LoRAConfig(TargetedConfig):
         for name, check in (("rank_pattern", positive_int), ("alpha_pattern", positive)):
             value = check_patterns(name, getattr(self, name), check)
             object.__setattr__(self, name, value)
-        if self.init_lora_weights not in INITIALISATIONS:
-            raise ValueError(
-                f"init_lora_weights: got {self.init_lora_weights!r}, expected True, False or "
-                "'gaussian'"
-            )
+        check_initialisation(self.init_lora_weights, self.r)
+        check_loftq(self.loftq_config)
+        object.__setattr__(self, "loftq_config", dict(self.loftq_config))
+        if self.loftq_config and self.init_lora_weights != "loftq":
+            raise ValueError("loftq_config: needs init_lora_weights='loftq'")
+        if self.use_dora and self.lora_bias:
+            raise ValueError("use_dora and lora_bias exclude one another")
 
 
 def plan(planning: Planning, config: LoRAConfig) -> list[Site]:
-    """Note at each target that it gets a low-rank adapter, or why not; gives the targets."""
+    """Note at each target that it gets a low-rank adapter, or why not; gives the linear ones."""
     targets = planning.targets(config)
+    linear = []
     for choice in targets:
-        step = planning.adaptable(choice, LoRALinear)
-        if step is None:
+        module = choice.site.module
+        if isinstance(module, nn.Embedding | LoRAEmbedding):
+            _plan_embedding(planning, choice, config)
             continue
-        step.r = by_pattern(config.rank_pattern, step.site.name, config.r)
-        alpha = by_pattern(config.alpha_pattern, step.site.name, config.lora_alpha)
-        arguments = {
-            "adapter_name": planning.adapter_name,
-            "r": step.r,
-            "lora_alpha": alpha,
-            "lora_dropout": config.lora_dropout,
-            "use_rslora": config.use_rslora,
-            "init_lora_weights": config.init_lora_weights,
-            "lora_dtype": config.adapter_dtype,
-        }
-        step.wrap = partial(LoRALinear, **arguments)
-        if isinstance(step.site.module, LoRALinear):
-            step.extend = partial(step.site.module.add_adapter, **arguments)
+        _plan_linear(planning, choice, config)
+        if choice.wanted:
+            linear.append(choice.site)
     adapted = [step.site.name for step in planning.steps if step.adapts]
     for label in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, label):
             if not any(by_pattern({pattern: True}, name, False) for name in adapted):
                 logger.warning("%s: %r matches no adapted module", label, pattern)
-    return [choice.site for choice in targets if choice.wanted]
+    return linear
+
+
+def _shared_arguments(planning: Planning, config: LoRAConfig, path: str) -> dict[str, Any]:
+    return {
+        "adapter_name": planning.adapter_name,
+        "r": by_pattern(config.rank_pattern, path, config.r),
+        "lora_alpha": by_pattern(config.alpha_pattern, path, config.lora_alpha),
+        "use_rslora": config.use_rslora,
+        "init_lora_weights": config.init_lora_weights,
+        "lora_dtype": config.adapter_dtype,
+    }
+
+
+def _plan_linear(planning: Planning, choice: Choice, config: LoRAConfig) -> None:
+    step = planning.adaptable(choice, LoRALinear)
+    if step is None:
+        return
+    module = step.site.module
+    shared = _shared_arguments(planning, config, step.site.name)
+    arguments = {
+        **shared,
+        "lora_dropout": config.lora_dropout,
+        "use_dora": config.use_dora,
+        "lora_bias": config.lora_bias,
+    }
+    check_initialisation(config.init_lora_weights, shared["r"])
+    why = _why_not_so(module, config, shared["r"])
+    if why is not None:
+        step.refuse(why)
+        return
+    step.r = shared["r"]
+    if isinstance(module, LoRALinear):
+        step.extend = partial(module.add_adapter, **arguments)
+    elif changes_base(config.init_lora_weights):
+        step.tied = bool(planning.tied(step.site))
+        options = {**arguments, "loftq_config": config.loftq_config}
+
+        def rebase(original: nn.Module, make_base: Callable[[nn.Module], nn.Module]) -> LoRALinear:
+            return LoRALinear(original, make_base=make_base, **options)
+
+        step.rebase = rebase
+    else:
+        step.wrap = partial(LoRALinear, **arguments)
+
+
+def _why_not_so(module: nn.Module, config: LoRAConfig, r: int) -> str | None:
+    """Why this layer, which could carry a plain adapter, cannot carry one with these options."""
+    base = module.base_layer if isinstance(module, LoRALinear) else module
+    if config.use_dora and is_dense_linear(base) and own_forward(base):
+        return f"DoRA reads the weight, but {type(base).__name__} computes a forward of its own"
+    if not changes_base(config.init_lora_weights):
+        return None
+    start = f"init_lora_weights={config.init_lora_weights!r}"
+    if isinstance(module, LoRALinear):
+        return f"{start} would change the base under the adapters that it carries"
+    if isinstance(module, QuantizedLinear) or not is_dense_linear(module):
+        return f"{start} needs the dense weight; let this patch quantize it"
+    if r > min(features(module)):
+        return f"{start} needs a rank of at most {min(features(module))}, not {r}"
+    rule = rule_for(module)
+    return None if rule is None else rule.quantizable(module)
+
+
+def _plan_embedding(planning: Planning, choice: Choice, config: LoRAConfig) -> None:
+    step = planning.adaptable(choice, LoRAEmbedding, _why_not_embedding)
+    if step is None:
+        return
+    module = step.site.module
+    unlike = {
+        "use_dora": config.use_dora,
+        "lora_bias": config.lora_bias,
+        f"init_lora_weights={config.init_lora_weights!r}": config.init_lora_weights
+        not in (True, False, "gaussian"),
+    }
+    for option, given in unlike.items():
+        if given:
+            step.refuse(f"{option} is for linear layers, this is an embedding")
+            return
+    arguments = _shared_arguments(planning, config, step.site.name)
+    step.r = arguments["r"]
+    if isinstance(module, LoRAEmbedding):
+        step.extend = partial(module.add_adapter, **arguments)
+    else:
+        step.wrap = partial(LoRAEmbedding, **arguments)
+
+
+def _why_not_embedding(module: nn.Module) -> str | None:
+    assert isinstance(module, nn.Embedding)
+    if module.max_norm is not None:
+        return "its table changes in every forward pass (max_norm)"
+    if not module.weight.is_floating_point():
+        return f"its table is {module.weight.dtype}"
+    return None
