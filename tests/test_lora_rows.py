@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +13,20 @@ from torch import Tensor, nn
 import peftkern as pk
 
 transformers = pytest.importorskip("transformers")
-from hf_models import PEFT_WARNINGS, assert_unchanged, batch, build, snapshot  # noqa: E402
+from hf_models import (  # noqa: E402
+    PEFT_WARNINGS,
+    assert_unchanged,
+    batch,
+    build,
+    randomize_adapters,
+    snapshot,
+)
 
-pytestmark = [pytest.mark.hf, *PEFT_WARNINGS]
+pytestmark = [
+    pytest.mark.hf,
+    *PEFT_WARNINGS,
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
+]
 NAMES = [f"a{i}" for i in range(8)]
 
 
@@ -216,3 +228,24 @@ def test_wrong_rows_are_named_and_nothing_stays() -> None:
     assert "generate" not in model.__dict__
     with pytest.raises(ValueError, match="adapter_names"):
         model.generate(data["input_ids"], adapter_names=["one"], max_new_tokens=1)
+
+
+def test_interop_rows_are_pefts(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    targets = ["q_proj", "down_proj", "embed_tokens"]
+    configs = [peft.LoraConfig(r=2 + i, target_modules=targets[: 2 + i]) for i in range(2)]
+    reference = peft.get_peft_model(build("llama"), configs[0], adapter_name="one").eval()
+    reference.add_adapter("two", configs[1])
+    for i, name in enumerate(("one", "two")):
+        reference.set_adapter(name)
+        randomize_adapters(reference, i)
+    reference.save_pretrained(tmp_path)
+    ours = build("llama").eval()
+    for name in ("one", "two"):
+        pk.load_adapter(ours, tmp_path / name, adapter_name=name)
+    data = batch("llama", rows=5)
+    names = ["two", "__base__", "one", "two", "__base__"]
+    with torch.no_grad():
+        want = reference(**data, adapter_names=names).logits
+        got = ours(**data, adapter_names=names).logits
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

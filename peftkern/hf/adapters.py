@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -9,6 +10,10 @@ from torch import nn
 
 from peftkern.nn.adapter import AdapterLayer, adapter_layers
 from peftkern.nn.saved import TrainableCopy
+
+logger = logging.getLogger("peftkern")
+
+_LOSSY = 0.1  # share of an update that rounding may take before a merge says so
 
 
 def adapter_layers_of(model: nn.Module) -> list[tuple[str, AdapterLayer]]:
@@ -69,6 +74,7 @@ def merge(
     model: nn.Module,
     adapter_names: Sequence[str] | None = None,
     max_error: float | None = None,
+    check_only: bool = False,
 ) -> dict[str, float]:
     """Write adapters into the base weights: no cost at inference, and exactly undone by unmerge.
 
@@ -77,6 +83,7 @@ def merge(
         adapter_names: which adapters; the active ones when left out.
         max_error: refuse when rounding would lose more than this share of an update. Rounding to a
             quantized base often loses a large share of a small update.
+        check_only: find the errors and leave every weight as it is.
 
     Returns:
         For each layer's path: ||written - (base + update)|| / ||update||.
@@ -107,11 +114,22 @@ def merge(
             except (ValueError, RuntimeError) as error:
                 error.add_note(f"while merging {path}; no layer of the model was changed")
                 raise
-            done.append(layer)
+            if check_only:
+                layer.unmerge()
+            else:
+                done.append(layer)
     except BaseException:
         for layer in done:
             layer.unmerge()
         raise
+    worst = max(errors, key=errors.__getitem__, default=None)
+    if done and worst is not None and max_error is None and errors[worst] > _LOSSY:
+        logger.warning(
+            "merging lost up to %.0f%% of an update to rounding (%s); peftkern.unmerge brings the "
+            "weights back, and merge(model, check_only=True) tells the errors beforehand",
+            100 * errors[worst],
+            worst,
+        )
     return errors
 
 
@@ -128,6 +146,8 @@ def unmerge(model: nn.Module) -> None:
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Within the block the model computes what it did before it was patched.
+
+    Under adapters that began with PiSSA, OLoRA or LoftQ it computes what their changed base does.
 
     Args:
         model: a patched model; merged adapters are taken out for the block and merged again after.
