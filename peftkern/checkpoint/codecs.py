@@ -6,7 +6,8 @@
 - ``from_fields(fields, where, options)``: the configuration, or an error that names each field
   which means something that is not computed here;
 - ``tensors(model, sites, adapter_name)``: the model's own tensors by their keys in the file, into
-  which loading copies (keys below ``PREFIX``, ``base_model.model.`` when it is not defined);
+  which loading copies (keys below ``PREFIX``, ``base_model.model.`` when it is not defined, and
+  those of modules trained in full below ``COPIES_PREFIX``, in the same way);
 - ``check_same_function(sites, adapter_name, config)``: an error when an existing adapter would
   compute something else with the file's tensors;
 - ``summary(fields)``: one line for people;
@@ -21,7 +22,7 @@ from types import ModuleType
 
 from peftkern.checkpoint.peft_common import PEFT_VERSION
 
-_KINDS = {"LORA": "lora", "IA3": "ia3"}
+_KINDS = {"LORA": "lora", "IA3": "ia3", "PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}
 
 
 def codec_of(kind: str) -> ModuleType:

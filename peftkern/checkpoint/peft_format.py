@@ -187,13 +187,14 @@ def adapter_tensors(
         all below ``base_model.model.`` unless the method's files have no such prefix.
     """
     prefix = getattr(codec, "PREFIX", _PREFIX)
+    copies = getattr(codec, "COPIES_PREFIX", _PREFIX)
     own = codec.tensors(model, sites, adapter_name)
     held = {f"{prefix}{key}": tensor for key, tensor in own.items()}
     for site in sites:
         module = site.module
         if isinstance(module, TrainableCopy) and adapter_name in module.adapter_names:
             state = module.modules_to_save[adapter_name].state_dict()
-            held.update({f"{_PREFIX}{site.name}.{name}": value for name, value in state.items()})
+            held.update({f"{copies}{site.name}.{name}": value for name, value in state.items()})
     return held
 
 

@@ -4,6 +4,8 @@ from peftkern.hf.adapters import disable_adapter, merge, set_adapter, unmerge
 from peftkern.hf.config import AdapterConfig, TargetedConfig
 from peftkern.hf.methods.ia3 import IA3Config
 from peftkern.hf.methods.lora import LoRAConfig
+from peftkern.hf.methods.prefix import PrefixTuningConfig
+from peftkern.hf.methods.prompt import PromptTuningConfig
 from peftkern.hf.patching import PatchHandle, patch, unpatch
 from peftkern.hf.report import PatchReport, Row
 from peftkern.hf.rows import adapter_rows
@@ -15,6 +17,8 @@ __all__ = [
     "LoRAConfig",
     "PatchHandle",
     "PatchReport",
+    "PrefixTuningConfig",
+    "PromptTuningConfig",
     "Row",
     "TargetedConfig",
     "adapter_rows",

@@ -6,6 +6,8 @@ from peftkern.nn.ia3 import IA3Linear
 from peftkern.nn.linear4bit import Linear4bit
 from peftkern.nn.linear8bit import Linear8bit
 from peftkern.nn.lora import LoRALinear
+from peftkern.nn.prefix import PrefixTuning
+from peftkern.nn.prompt import PromptTuning
 from peftkern.nn.saved import TrainableCopy
 
 __all__ = [
@@ -15,5 +17,7 @@ __all__ = [
     "Linear8bit",
     "LoRAEmbedding",
     "LoRALinear",
+    "PrefixTuning",
+    "PromptTuning",
     "TrainableCopy",
 ]
