@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from peftkern import nn, optim
     from peftkern.checkpoint import load_adapter, save_adapter
     from peftkern.hf import (
+        BottleneckConfig,
         IA3Config,
         LoRAConfig,
         PrefixTuningConfig,
@@ -49,6 +50,7 @@ apply_environment()
 _LAZY = {
     "nn": "peftkern.nn",
     "optim": "peftkern.optim",
+    "BottleneckConfig": "peftkern.hf",
     "LoRAConfig": "peftkern.hf",
     "PrefixTuningConfig": "peftkern.hf",
     "PromptTuningConfig": "peftkern.hf",
@@ -73,6 +75,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "BottleneckConfig",
     "GradientWatchdog",
     "IA3Config",
     "LoRAConfig",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftkern.checkpoint import adapterhub
 from peftkern.checkpoint.codecs import codec_for, codec_of
 from peftkern.checkpoint.files import (
     open_safetensors,
@@ -41,13 +42,14 @@ def save_adapter(
     adapter_names: str | Sequence[str] | None = None,
     plain_lora: bool = False,
 ) -> None:
-    """Save adapters so that PEFT's ``PeftModel.from_pretrained`` reads them.
+    """Save adapters so that PEFT, or AdapterHub's ``adapters``, reads them.
 
     Args:
         model: a patched model; the adapters may be merged, active or not.
         path: directory, made if needed. Adapter "default" goes there, every other one into a
             folder of its name below, as in PEFT.
-        format: ``"peft"``.
+        format: ``"peft"``; or ``"adapterhub"`` for bottleneck adapters, where a single adapter
+            goes into the directory itself, several into folders of their names.
         adapter_names: which adapters; all of them when left out.
         plain_lora: write an adapter that began with PiSSA or OLoRA as a plain one, of twice the
             rank, for the original base. Otherwise ``init_lora_weights`` in the file says how its
@@ -60,8 +62,8 @@ def save_adapter(
     Example:
         >>> peftkern.save_adapter(model, "out/adapter")  # doctest: +SKIP
     """
-    if format != "peft":
-        raise ValueError(f"format: got {format!r}, expected 'peft'")
+    if format not in ("peft", "adapterhub"):
+        raise ValueError(f"format: got {format!r}, expected 'peft' or 'adapterhub'")
     handle = handle_of(model)
     if handle is None:
         raise ValueError(f"model: this {type(model).__name__} is not patched by peftkern.patch")
@@ -73,6 +75,8 @@ def save_adapter(
         if name not in handle.adapters:
             known = ", ".join(handle.adapters)
             raise ValueError(f"adapter_names: no adapter {name!r}; there are: {known}")
+    if format == "adapterhub":
+        return adapterhub.save(model, path, names)
     sites = survey(model)
     root = Path(path)
     for name in names:
@@ -98,18 +102,21 @@ def load_adapter(
     path: str | Path,
     adapter_name: str = "default",
     trainable: bool = True,
+    allow_pickle: bool = False,
     **options: Any,
 ) -> PatchHandle:
-    """Load an adapter in PEFT's format; strict, and the model is as before if it fails.
+    """Load an adapter in PEFT's or AdapterHub's format; strict; a failure leaves no trace.
 
     A model that has no adapter of this name is patched from the file's config first; else the
     tensors go into the existing adapter, which must compute the same function.
 
     Args:
         model: any model that the adapter was made for, patched or not.
-        path: directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        path: directory with ``adapter_config.json`` and ``adapter_model.safetensors`` (PEFT), or
+            ``adapter.safetensors`` or ``pytorch_adapter.bin`` (AdapterHub).
         adapter_name: name to load it under.
         trainable: whether training goes on with it; False freezes it.
+        allow_pickle: AdapterHub: read ``pytorch_adapter.bin``, with ``weights_only=True``.
         options: what the file does not speak of: quantize, blocksize, double_quant,
             quantize_modules, adapter_dtype, keep_original; see :class:`LoRAConfig`.
 
@@ -130,6 +137,8 @@ def load_adapter(
             raise TypeError(f"unknown option {option!r}; expected one of {', '.join(BASE_OPTIONS)}")
     check_adapter_name(adapter_name)
     folder = Path(path)
+    if adapterhub.is_adapterhub(folder):
+        return adapterhub.load(model, folder, adapter_name, trainable, allow_pickle, options)
     _check_files(folder)
     fields, where = read_json(folder / CONFIG_NAME), str(folder / CONFIG_NAME)
     codec = codec_for(fields.get("peft_type"), where)

@@ -2,6 +2,7 @@
 
 from peftkern.hf.adapters import disable_adapter, merge, set_adapter, unmerge
 from peftkern.hf.config import AdapterConfig, TargetedConfig
+from peftkern.hf.methods.bottleneck import BottleneckConfig
 from peftkern.hf.methods.ia3 import IA3Config
 from peftkern.hf.methods.lora import LoRAConfig
 from peftkern.hf.methods.prefix import PrefixTuningConfig
@@ -13,6 +14,7 @@ from peftkern.hf.weighted import add_weighted_adapter
 
 __all__ = [
     "AdapterConfig",
+    "BottleneckConfig",
     "IA3Config",
     "LoRAConfig",
     "PatchHandle",

@@ -91,6 +91,10 @@ class PatchHandle:
 
     def _row(self, note: Note, adapter_name: str) -> Row:
         module = self.model.get_submodule(note.name)
+        if note.acted and not isinstance(module, AdapterLayer):
+            # A method that adds to a module instead of replacing it hangs its layer below it.
+            added = [c for c in module.children() if isinstance(c, AdapterLayer)]
+            module = next((c for c in added if adapter_name in c.adapter_names), module)
         base = getattr(module, "base_layer", module) if isinstance(module, AdapterLayer) else module
         form = base.quantized.quant_type if isinstance(base, QuantizedLinear) else "dense"
         return Row(

@@ -1,5 +1,6 @@
 """Drop-in modules."""
 
+from peftkern.nn.bottleneck import BottleneckAdapter, BottleneckLayer
 from peftkern.nn.dora import DoRALinear
 from peftkern.nn.embedding import LoRAEmbedding
 from peftkern.nn.ia3 import IA3Linear
@@ -11,6 +12,8 @@ from peftkern.nn.prompt import PromptTuning
 from peftkern.nn.saved import TrainableCopy
 
 __all__ = [
+    "BottleneckAdapter",
+    "BottleneckLayer",
     "DoRALinear",
     "IA3Linear",
     "Linear4bit",
