@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         LoRAConfig,
         PrefixTuningConfig,
         PromptTuningConfig,
+        SparseDeltaConfig,
         adapter_rows,
         add_weighted_adapter,
         disable_adapter,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from peftkern.hf.trainer import PeftkernCallback
     from peftkern.hf.verify import verify
     from peftkern.hf.watchdog import GradientWatchdog
-    from peftkern.select import importance, threshold, top_k
+    from peftkern.select import importance, refine, threshold, top_k
 
 logging.getLogger("peftkern").addHandler(logging.NullHandler())
 ops.load()
@@ -70,6 +71,8 @@ _LAZY = {
     "save_adapter": "peftkern.checkpoint",
     "importance": "peftkern.select",
     "top_k": "peftkern.select",
+    "refine": "peftkern.select",
+    "SparseDeltaConfig": "peftkern.hf",
     "threshold": "peftkern.select",
     "load_adapter": "peftkern.checkpoint",
 }
@@ -83,6 +86,7 @@ __all__ = [
     "PrefixTuningConfig",
     "PromptTuningConfig",
     "QuantizedTensor",
+    "SparseDeltaConfig",
     "__version__",
     "accelerate",
     "adapter_rows",
@@ -98,6 +102,7 @@ __all__ = [
     "patch",
     "quantize_4bit",
     "quantize_8bit",
+    "refine",
     "save_adapter",
     "set_adapter",
     "threshold",

@@ -12,7 +12,10 @@
   compute something else with the file's tensors;
 - ``summary(fields)``: one line for people;
 - optionally ``frozen_tensors(sites, adapter_name)``: weights of the base that a file may hold and
-  that must then be the model's own.
+  that must then be the model's own;
+- where needed, ``ASCENDING`` (endings of keys of positions, stored as gaps) with
+  ``limits(sites, adapter_name)`` (what those of each key must stay below), and ``FLAT_TOO``
+  (endings of keys that a compact file encodes although they have one dimension).
 """
 
 from __future__ import annotations
@@ -22,7 +25,13 @@ from types import ModuleType
 
 from peftkern.checkpoint.peft_common import PEFT_VERSION
 
-_KINDS = {"LORA": "lora", "IA3": "ia3", "PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}
+_KINDS = {
+    "LORA": "lora",
+    "IA3": "ia3",
+    "PREFIX_TUNING": "prefix",
+    "PROMPT_TUNING": "prompt",
+    "PEFTKERN_SPARSE_DELTA": "sparse_delta",
+}
 
 
 def codec_of(kind: str) -> ModuleType:

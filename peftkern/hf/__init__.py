@@ -7,6 +7,7 @@ from peftkern.hf.methods.ia3 import IA3Config
 from peftkern.hf.methods.lora import LoRAConfig
 from peftkern.hf.methods.prefix import PrefixTuningConfig
 from peftkern.hf.methods.prompt import PromptTuningConfig
+from peftkern.hf.methods.sparse_delta import SparseDeltaConfig
 from peftkern.hf.patching import PatchHandle, patch, unpatch
 from peftkern.hf.report import PatchReport, Row
 from peftkern.hf.rows import adapter_rows
@@ -22,6 +23,7 @@ __all__ = [
     "PrefixTuningConfig",
     "PromptTuningConfig",
     "Row",
+    "SparseDeltaConfig",
     "TargetedConfig",
     "adapter_rows",
     "add_weighted_adapter",

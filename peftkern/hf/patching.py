@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -30,6 +30,9 @@ from peftkern.nn import Linear4bit, Linear8bit
 from peftkern.nn.adapter import AdapterLayer, adapter_layers, check_adapter_name
 from peftkern.nn.quantized import QuantizedLinear
 from peftkern.nn.saved import TrainableCopy
+
+if TYPE_CHECKING:
+    from peftkern.select.refining import Refined
 
 logger = logging.getLogger("peftkern")
 
@@ -113,6 +116,16 @@ class PatchHandle:
         """The kernels against the reference on this model and batch; see :func:`verify`."""
         self._require_live()
         return verify(self.model, batch, loss)
+
+    def refine(self, loader: Iterable[Any], **options: Any) -> Refined:
+        """Move the entries of a sparse delta to where the gradient is.
+
+        See :func:`peftkern.refine` for the options.
+        """
+        self._require_live()
+        from peftkern.select.refining import refine  # it stands on this module's package
+
+        return refine(self.model, loader, **options)
 
     def unpatch(self) -> nn.Module:
         """Bring the model back: the same modules, bytes, requires_grad flags and modes.

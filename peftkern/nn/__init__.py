@@ -10,6 +10,7 @@ from peftkern.nn.lora import LoRALinear
 from peftkern.nn.prefix import PrefixTuning
 from peftkern.nn.prompt import PromptTuning
 from peftkern.nn.saved import TrainableCopy
+from peftkern.nn.sparse_delta import SparseDeltaLinear
 
 __all__ = [
     "BottleneckAdapter",
@@ -22,5 +23,6 @@ __all__ = [
     "LoRALinear",
     "PrefixTuning",
     "PromptTuning",
+    "SparseDeltaLinear",
     "TrainableCopy",
 ]

@@ -216,7 +216,7 @@ def top_k(
         assert count is not None
         if count > total and density is None and scope == "global":
             raise ValueError(f"k: got {k}, but there are only {total} scores")
-        indices.update(_largest(values, min(count, total)))
+        indices.update(largest(values, min(count, total)))
     return _selection(scores, indices)
 
 
@@ -269,7 +269,7 @@ def _keys(part: Tensor) -> Tensor:
     return torch.where(bits >= 0, bits + (1 << 31), -1 - (bits & 0x7FFFFFFF) + (1 << 31))
 
 
-def _largest(values: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+def largest(values: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     """Positions of the ``count`` largest of all tensors together, by tensor."""
     flats = {name: value.reshape(-1) for name, value in values.items()}
     if count == 0:
