@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from peftkern.hf.trainer import PeftkernCallback
     from peftkern.hf.verify import verify
     from peftkern.hf.watchdog import GradientWatchdog
+    from peftkern.memory import plan
     from peftkern.select import importance, refine, threshold, top_k
 
 logging.getLogger("peftkern").addHandler(logging.NullHandler())
@@ -60,6 +61,7 @@ _LAZY = {
     "add_weighted_adapter": "peftkern.hf",
     "disable_adapter": "peftkern.hf",
     "accelerate": "peftkern.hf.accelerate",
+    "plan": "peftkern.memory",
     "verify": "peftkern.hf.verify",
     "GradientWatchdog": "peftkern.hf.watchdog",
     "PeftkernCallback": "peftkern.hf.trainer",
@@ -100,6 +102,7 @@ __all__ = [
     "nn",
     "optim",
     "patch",
+    "plan",
     "quantize_4bit",
     "quantize_8bit",
     "refine",

@@ -18,6 +18,7 @@ def make_app() -> Any:
     from peftkern.cli.demo.command import demo
     from peftkern.cli.finetune.command import finetune
     from peftkern.cli.info import info
+    from peftkern.cli.plan import plan
     from peftkern.cli.tune import tune
 
     app = typer.Typer(
@@ -44,6 +45,7 @@ def make_app() -> Any:
     app.command()(info)
     app.command()(demo)
     app.command()(finetune)
+    app.command()(plan)
     app.command()(tune)
     return app
 
