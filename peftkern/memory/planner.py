@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peftkern.hf.config import AdapterConfig
 from peftkern.hf.report import _table
-from peftkern.memory.methods import Method, method_for, planned_parameters
+from peftkern.memory.methods import Method, method_for
 from peftkern.memory.shapes import (
     Group,
     example_inputs,
@@ -208,7 +208,7 @@ def plan(
     Args:
         model_or_config: a model (nothing is changed), a transformers configuration, a folder with
             ``config.json``, or a known name such as ``"llama-3-8b"``.
-        method: ``"lora"``, ``"qlora"``, ``"bottleneck"`` (one behind each layer), ``"prefix"``,
+        method: ``"lora"``, ``"qlora"``, ``"bottleneck"`` (AdapterHub's ``seq_bn``), ``"prefix"``,
             ``"prompt"``, ``"full"``, ``"as-is"`` (a model that is patched or wrapped already), or
             a configuration for :func:`peftkern.patch`.
         batch: rows of a batch.
@@ -331,11 +331,10 @@ class _Simulation:
 
     def _measure(self, model: nn.Module, batch: int, seq: int) -> _Costs:
         numbers = _parameter_costs(model, self.optimizer)
-        inputs = example_inputs(model, batch, seq + self.method.extra_tokens)
+        inputs = example_inputs(model, batch, seq)
         if "use_cache" in _arguments(model):
             inputs["use_cache"] = False  # type: ignore[assignment]
-        with self.method.context(model):
-            trace = trace_step(model, lambda: _loss(model(**inputs)), self.device)
+        trace = trace_step(model, lambda: _loss(model(**inputs)), self.device)
         for name, size in trace.saved.items():
             numbers["activations", name] += size
         numbers["step", "first"] = trace.first_peak
@@ -390,7 +389,7 @@ def _parameter_costs(model: nn.Module, optimizer: str) -> Counter[tuple[str, str
 
 def _adapter_parameters(model: nn.Module) -> set[int]:
     """Parameters that an adapter layer adds: trainable ones below it, outside its base."""
-    found = {id(parameter) for parameter in planned_parameters(model)}
+    found: set[int] = set()
     for module in model.modules():
         theirs = hasattr(module, "base_layer") and hasattr(module, "active_adapters")
         if isinstance(module, AdapterLayer) or theirs:

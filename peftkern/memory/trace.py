@@ -206,40 +206,18 @@ class _Attention(torch.autograd.Function):
     """Allocations of a fused attention kernel: keeps q, k, v, the result and a row statistic."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        prefix_k: Tensor | None,
-        prefix_v: Tensor | None,
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         out = q.new_empty((*q.shape[:-2], q.shape[-2], v.shape[-1])).transpose(-2, -3)
         out = out.contiguous().transpose(-2, -3)
         statistic = q.new_empty(q.shape[:-1], dtype=torch.float32)
         bias = None if mask is None else mask.to(q.dtype) if mask.dtype == torch.bool else mask
-        ctx.save_for_backward(q, k, v, bias, out, statistic, prefix_k, prefix_v)
+        ctx.save_for_backward(q, k, v, bias, out, statistic)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *_, prefix_k, prefix_v = ctx.saved_tensors
-        grads = [None if t is None else torch.empty_like(t) for t in (q, k, v, prefix_k, prefix_v)]
-        return (*grads[:3], None, *grads[3:])
-
-
-_PREFIXES: list[Iterator[tuple[Tensor, Tensor]]] = []
-
-
-@contextlib.contextmanager
-def attend_to(prefixes: Iterator[tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Give the attention calls of a traced step trainable keys and values, one pair a call."""
-    _PREFIXES.append(prefixes)
-    try:
-        yield
-    finally:
-        _PREFIXES.pop()
+        q, k, v, *_ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
 
 
 class KernelsOf(TorchFunctionMode):
@@ -258,9 +236,8 @@ class KernelsOf(TorchFunctionMode):
             mask = rest[0] if rest else kwargs.get("attn_mask")
             p = rest[1] if len(rest) > 1 else kwargs.get("dropout_p", 0.0)
             # The CPU has no fused kernel with dropout: torch falls back to the decomposition.
-            if p == 0.0 or self._cuda or _PREFIXES:
-                pair = next(_PREFIXES[-1]) if _PREFIXES else (None, None)
-                return _Attention.apply(q, k, v, mask, *pair)
+            if p == 0.0 or self._cuda:
+                return _Attention.apply(q, k, v, mask)
         if func is torch_functional.dropout and self._cuda:
             x = args[0]
             p = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
