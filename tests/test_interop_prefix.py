@@ -11,6 +11,7 @@ import hf_models
 import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import peftkern as pk
@@ -130,39 +131,46 @@ def test_interop_our_files_in_peft(kind: str, method: str, tmp_path: Path) -> No
         assert written[field] == reference[field], field
 
 
-def test_interop_prompt_of_an_encoder_decoder(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+def test_interop_of_an_encoder_decoder(method: str, tmp_path: Path) -> None:
     settings: Any = dict(
-        vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0,
+        vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4, dropout_rate=0.0,
         decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
     )  # fmt: skip
 
-    def build() -> nn.Module:
+    def build() -> Any:
         torch.manual_seed(0)
         return transformers.T5ForConditionalGeneration(transformers.T5Config(**settings)).eval()
 
-    config = peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=LENGTH)
+    common: Any = dict(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=LENGTH)
+    prefix = method == "prefix"
+    config = (peft.PrefixTuningConfig if prefix else peft.PromptTuningConfig)(**common)
     theirs, ours = peft.get_peft_model(build(), config).eval(), build()
-    pk.patch(ours, pk.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=LENGTH))
+    pk.patch(ours, (pk.PrefixTuningConfig if prefix else pk.PromptTuningConfig)(**common))
     _same_weights(ours, theirs)
-    batch = hf_models.batch("llama", rows=2)
-    mask = torch.ones_like(batch["input_ids"])
+    ids = hf_models.batch("llama", rows=2)["input_ids"]
+    mask = torch.ones_like(ids)
     mask[0, -4:] = 0
-    batch = {"input_ids": batch["input_ids"], "labels": batch["labels"][:, :7].contiguous()}
-    got, want = ours(**batch, attention_mask=mask), theirs(**batch, attention_mask=mask)
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids[:, :7].contiguous()}
+    got, want = ours(**batch), theirs(**batch)
     torch.testing.assert_close(got.logits, want.logits, atol=1e-6, rtol=1e-5)
     grads = [
         torch.autograd.grad(out.loss, [p for p in m.parameters() if p.requires_grad])[0]
         for out, m in ((got, ours), (want, theirs))
     ]
+    assert grads[1].abs().max() > 0
     torch.testing.assert_close(grads[0], grads[1], atol=1e-7, rtol=1e-4)
-    asked: Any = dict(input_ids=batch["input_ids"], attention_mask=mask, max_new_tokens=5)
-    assert torch.equal(ours.generate(**asked), theirs.generate(**asked))
+    asked: Any = dict(input_ids=ids, attention_mask=mask, max_new_tokens=5, min_new_tokens=5)
+    generated = ours.generate(**asked)
+    assert torch.equal(generated, ours.generate(**asked, use_cache=False))
+    assert torch.equal(generated, theirs.generate(**asked))
     pk.save_adapter(ours, tmp_path)
     again = peft.PeftModel.from_pretrained(build(), tmp_path).eval()
+    loaded = build()
+    pk.load_adapter(loaded, tmp_path)
     with torch.no_grad():
-        logits = again(**batch, attention_mask=mask).logits
-    torch.testing.assert_close(logits, got.logits.detach(), atol=1e-6, rtol=1e-5)
+        for model in (again, loaded):
+            torch.testing.assert_close(model(**batch).logits, got.logits.detach())
 
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
@@ -217,7 +225,7 @@ def test_interop_refuses_what_is_not_computed(tmp_path: Path) -> None:
     file = tmp_path / "adapter_config.json"
     fields = json.loads(file.read_text())
     for change, message in (
-        ({"num_transformer_submodules": 2}, "encoder-decoder"),
+        ({"num_transformer_submodules": 3}, "num_transformer_submodules: got 3"),
         ({"something_new": 3}, "something_new=3"),
         ({"num_virtual_tokens": 7}, "shapes differ: prompt_embeddings"),
     ):

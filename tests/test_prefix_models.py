@@ -216,13 +216,16 @@ def test_modules_without_a_model() -> None:
 def test_refusals_name_the_family() -> None:
     import transformers
 
-    t5 = transformers.T5ForConditionalGeneration(
-        transformers.T5Config(vocab_size=32, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
-    )
+    opt = transformers.OPTForCausalLM(
+        transformers.OPTConfig(
+            vocab_size=32, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2,
+            word_embed_proj_dim=16,
+        )
+    )  # fmt: skip
     bloom = transformers.BloomForCausalLM(
         transformers.BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2)
     )
-    for model, name in ((t5, "'t5'"), (bloom, "'bloom'")):
+    for model, name in ((opt, "'opt'"), (bloom, "'bloom'")):
         with pytest.raises(ValueError, match=f"does not know how {name}"):
             pk.patch(model, CONFIGS["prefix"])
     plain = nn.Sequential(nn.Linear(4, 4))

@@ -56,8 +56,9 @@ def from_fields(fields: dict[str, Any], where: str, options: dict[str, Any]) -> 
         ValueError: the config is not supported, or a value is out of range.
     """
     problems = refuse_unknown(fields, FIELDS, {})
-    if fields.get("num_transformer_submodules") not in (None, 1):
-        problems.append("num_transformer_submodules: encoder-decoder models are not supported")
+    submodules = fields.get("num_transformer_submodules")
+    if submodules not in (None, 1, 2):
+        problems.append(f"num_transformer_submodules: got {submodules!r}, expected 1 or 2")
     if problems:
         raise ValueError(f"{where}: " + "; ".join(problems))
     task, saved = task_of(fields)
@@ -84,6 +85,7 @@ def to_fields(
         encoder_hidden_size=hidden,
         init_weights=config.init_weights,
         modules_to_save=list(config.saved_names) or None,
+        num_transformer_submodules=2 if _doubled(model) else 1,
         num_attention_heads=layer.num_heads,
         num_layers=layer.num_layers,
         num_virtual_tokens=encoder.embedding.num_embeddings,
@@ -117,6 +119,10 @@ def check_same_function(
 def summary(fields: dict[str, Any]) -> str:
     """One line for the adapter's card."""
     return f"Prefix of {fields['num_virtual_tokens']} positions."
+
+
+def _doubled(model: nn.Module) -> bool:
+    return bool(getattr(model.config, "is_encoder_decoder", False))
 
 
 def _prefix(sites: Sequence[Site], adapter_name: str) -> tuple[PrefixTuning, PrefixEncoder]:

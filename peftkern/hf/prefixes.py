@@ -7,6 +7,7 @@ and activation checkpointing works.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
 
@@ -22,7 +23,7 @@ _LINK = "_peftkern_prefix"
 
 # Families whose positions are counted 0, 1, 2, ... from the cache's length when none are given;
 # read in transformers 5.23. Elsewhere an offset would mean something else.
-FAMILIES = (
+COUNTING = (
     "bert",
     "gemma",
     "gpt2",
@@ -37,6 +38,9 @@ FAMILIES = (
     "smollm3",
     "stablelm",
 )
+# Encoder-decoder models whose decoder adds a bias by distance instead; the prefix is the decoder's.
+BIASED = ("mt5", "t5")
+FAMILIES = (*COUNTING, *BIASED)
 
 
 def register() -> None:
@@ -70,7 +74,9 @@ def attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **options
         )
-    for name in ("softcap", "s_aux", "position_bias", "head_mask"):
+    position_bias = options.get("position_bias")
+    refused = ("softcap", "s_aux", "head_mask")
+    for name in refused if link.bias else (*refused, "position_bias"):
         if options.get(name) is not None:
             raise ValueError(
                 f"{type(module).__name__}: passes {name} to its attention, which prefix tuning "
@@ -81,7 +87,14 @@ def attention(
     causal = bool(wish) and queries > 1 and attention_mask is None
     if causal and keys > queries:  # an empty static cache: what is behind the queries is unwritten
         key, value = key[:, :, :queries], value[:, :, :queries]
+        position_bias = None if position_bias is None else position_bias[..., :queries]
     prefix_k, prefix_v = link.layer.keys_and_values(link.index)
+    if position_bias is not None:
+        # The bias differs from query to query over the prefix too, so that it joins the sequence.
+        attention_mask = link.biased_mask(position_bias, attention_mask, causal, prefix_k.shape[1])
+        key, prefix_k = _joined(prefix_k, key)
+        value, prefix_v = _joined(prefix_v, value)
+        causal = False
     out = prefix_attention(
         query,
         key,
@@ -96,12 +109,42 @@ def attention(
     return out.transpose(1, 2), None
 
 
-class PrefixLink:
-    """Which prefix, and which of its layers, an attention module uses."""
+def _joined(prefix: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """The sequence with the prefix in it, and the empty prefix that is left."""
+    prefix = prefix.to(own.dtype)
+    whole = torch.cat([prefix.expand(own.shape[0], *prefix.shape), own], dim=2)
+    return whole, prefix.new_empty((prefix.shape[0], 0, prefix.shape[2]))
 
-    def __init__(self, layer: ModelPrefix, index: int) -> None:
+
+class PrefixLink:
+    """Which prefix, and which of its layers, an attention module uses.
+
+    Args:
+        layer: the model's prefixes.
+        index: layer of the prefix.
+        bias: the attention module that knows the bias by distance, where the family has one.
+    """
+
+    def __init__(self, layer: ModelPrefix, index: int, bias: Any = None) -> None:
         self.layer = layer
         self.index = index
+        self.bias = bias
+
+    def biased_mask(self, own: Tensor, visible: Tensor | None, causal: bool, length: int) -> Tensor:
+        """The mask over prefix and sequence, [B or 1, H, Lq, P + Lk], to be added to logits.
+
+        The sequence stands ``length`` positions behind the prefix's first; distances within it are
+        what they were.
+        """
+        queries, keys = own.shape[2:]
+        past = length + keys - queries
+        before = self.bias.compute_bias(queries, length, device=own.device, past_seen_tokens=past)
+        if visible is None and causal:
+            visible = torch.ones(queries, keys, dtype=torch.bool, device=own.device).tril()
+        if visible is not None:
+            own = torch.where(visible, own, -torch.inf)
+        before = before.to(own.dtype).expand(own.shape[0], -1, -1, -1)
+        return torch.cat([before, own.expand(-1, before.shape[1], -1, -1)], dim=-1)
 
 
 class ModelPrefix(PrefixTuning):
@@ -120,8 +163,13 @@ class ModelPrefix(PrefixTuning):
             if hasattr(config, "_attn_implementation_internal"):
                 seen[id(config)] = config
         self._configs = [(c, c._attn_implementation_internal) for c in seen.values()]
+        first: Any = attentions[0]
+        bias = first if getattr(first, "has_relative_attention_bias", False) else None
         for index, module in enumerate(attentions):
-            module.__dict__[_LINK] = PrefixLink(self, index)
+            # PEFT doubles the table for encoder-decoder models and cuts it by fours: its layer l
+            # reads the keys and values of layer 2 l of the table, from its start again at the end.
+            place = 2 * index % self.num_layers if bias is not None else index
+            module.__dict__[_LINK] = PrefixLink(self, place, bias)
         hook = backbone.register_forward_pre_hook(self._before, with_kwargs=True)
         self._changed()
 
@@ -153,6 +201,8 @@ class ModelPrefix(PrefixTuning):
             raise ValueError(
                 "output_attentions: prefix attention keeps no probabilities; leave it out"
             )
+        if "position_ids" not in inspect.signature(module.forward).parameters:
+            return (), named
         positions = named.get("position_ids")
         if positions is None:
             positions = _positions(named)
@@ -189,7 +239,8 @@ def backbone_of(model: nn.Module) -> nn.Module:
             f"model: prefix tuning does not know how {family!r} counts positions or calls its "
             f"attention; it knows {', '.join(FAMILIES)}"
         )
-    return backbone
+    whole: Any = model
+    return whole.get_decoder() if family in BIASED else backbone
 
 
 def attention_modules(backbone: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -204,7 +255,7 @@ def attention_modules(backbone: nn.Module) -> list[tuple[str, nn.Module]]:
         index = getattr(module, "layer_idx", None)
         if not kind.endswith("Attention") or not isinstance(index, int) or "Cross" in kind:
             continue
-        if getattr(module, "is_cross_attention", False):
+        if getattr(module, "is_cross_attention", False) or name.endswith("EncDecAttention"):
             continue
         own = sys.modules[type(module).__module__]
         if not hasattr(own, "ALL_ATTENTION_FUNCTIONS"):
