@@ -189,6 +189,41 @@ def test_interop_generation(kind: str, method: str) -> None:
     assert torch.equal(ours.generate(**asked, use_cache=False), want)
 
 
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma": {"num_key_value_heads": 2, "head_dim": 24},
+    "gpt_neox": {},
+    "granite": {"num_key_value_heads": 2},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": None},
+    "phi": {},
+    "phi3": {"num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 1},
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
+    "smollm3": {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1},
+    "stablelm": {"num_key_value_heads": 4},
+}
+
+
+@pytest.mark.parametrize("family", list(_FAMILIES))
+def test_interop_outputs_of_a_family(family: str) -> None:
+    settings = dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                    num_attention_heads=4, max_position_embeddings=64)  # fmt: skip
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        config = transformers.AutoConfig.for_model(family, **settings, **_FAMILIES[family])
+        return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+    common: Any = dict(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH)
+    theirs = peft.get_peft_model(build(), peft.PrefixTuningConfig(**common)).eval()
+    ours = build()
+    pk.patch(ours, pk.PrefixTuningConfig(**common))
+    _same_weights(ours, theirs)
+    batch = _batch("llama")
+    with torch.no_grad():
+        got, want = ours(**batch).logits, theirs(**batch).logits
+    torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-5)
+
+
 def test_interop_feature_extraction() -> None:
     for method, config in (
         (pk.PrefixTuningConfig, peft.PrefixTuningConfig),
