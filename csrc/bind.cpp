@@ -65,7 +65,7 @@ void lora_forward(Address x, int dtype, int64_t m, int64_t in, int64_t out_featu
     p.n = out_features;
     p.threads = threads;
     if (weight.is_none()) {
-        p.add_to_out = true;
+        add_to_out(p, y, dtype);
     } else {
         Base base = make_base(weight.cast<py::tuple>());
         add_segment(p, matrix(x, dtype, in), base.w, in, base.swapped);
@@ -112,11 +112,11 @@ void lora_backward(Address dy, Address x, Address s, int dtype, int64_t m, int64
         p.n = in;
         p.threads = threads;
         add_segment(p, matrix(ds, pk::kF32, rank), dense(a, adapter_dtype, rank, in), rank, true);
-        p.mask = drop;
+        p.segment[0].mask = drop;
         if (has_weight)
             add_segment(p, matrix(dy, dtype, out_features), base.w, out_features, !base.swapped);
         else
-            p.add_to_out = true;
+            add_to_out(p, dx, dtype);
         set_out(p, dx, dtype, in);
         check(k.product(p), "lora_linear_backward");
     }
@@ -310,6 +310,9 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "CPU kernels of peftkern. Takes raw addresses: use peftkern.functional instead.";
     pk::bind_openmp();
     bind_pages(m);
+    bind_dora(m);
+    bind_lora_group(m);
+    bind_multi_lora(m);
     bind_sparse(m);
     m.def("linear", &linear);
     m.def("lora_forward", &lora_forward);

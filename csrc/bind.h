@@ -103,13 +103,22 @@ inline void set_out(pk::Product& p, Address out, int dtype, int64_t row_stride,
     p.out_col_stride = col_stride;
 }
 
+// Start from what `out` holds.
+inline void add_to_out(pk::Product& p, Address out, int dtype) {
+    p.add = reinterpret_cast<const void*>(out);
+    p.add_dtype = dtype;
+}
+
 inline void add_segment(pk::Product& p, const pk::Operand& x, const pk::Weight& w, int64_t depth,
                         bool along_columns) {
-    p.segment[p.segments++] = {x, w, depth, along_columns};
+    p.segment[p.segments++] = pk::make_segment(x, w, depth, along_columns);
 }
 
 // One function a family, called when the module is made.
 void bind_pages(py::module_& m);
+void bind_dora(py::module_& m);
+void bind_lora_group(py::module_& m);
+void bind_multi_lora(py::module_& m);
 void bind_sparse(py::module_& m);
 void bind_prefix(py::module_& m);
 

@@ -129,13 +129,20 @@ def info() -> dict[str, Any]:
     }
 
 
-def refusal(*values: torch.Tensor | None) -> str | None:
-    """Why native kernels cannot take these tensors; floating ones must be fp32, bf16 or fp16."""
+def refusal(*values: Any) -> str | None:
+    """Why native kernels cannot take these tensors; floating ones must be fp32, bf16 or fp16.
+
+    Lists stand for what is in them; arguments that are no tensors are passed over.
+    """
     why = _load()[1]
     if why is not None:
         return why
     for value in values:
-        if value is None:
+        if isinstance(value, list):
+            if (why := refusal(*value)) is not None:
+                return why
+            continue
+        if not isinstance(value, torch.Tensor):
             continue
         if value.device.type != "cpu":
             return f"a tensor is on {value.device}"

@@ -45,6 +45,8 @@ PK_HD int64_t dtype_size(int dtype) { return dtype == kF32 ? 4 : 2; }
 
 PK_HD int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
+PK_HD int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
 PK_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 } // namespace pk

@@ -26,6 +26,8 @@ struct Operand {
     int64_t col_stride = 1;
     float scale = 1.0f;
     Dropout dropout;
+    bool rest = false;                  // x - dropout(x) instead of dropout(x)
+    const float* depth_scale = nullptr; // one factor per k, in fp32
 };
 
 // Values that are added to single entries of a stored matrix: ascending flat positions, and where
@@ -65,24 +67,53 @@ struct Segment {
     Weight w;
     int64_t depth = 0;
     bool along_columns = false;
+    Dropout mask;      // multiplies the segment's sum, by (i, j)
+    bool join = false; // the mask comes after the next segment and covers both
+    // Output rows [row_begin, row_end) only: counted before Product::rows renames them.
+    int64_t row_begin = 0;
+    int64_t row_end = INT64_MAX;
+    // Position k of the depth is position depth_rows[k] of x and storage row depth_rows[k] of w;
+    // for transposed operands and weights along columns.
+    const int64_t* depth_rows = nullptr;
 };
 
-// out[i, j] = round(mask(segment 0) + segment 1 + ... + bias[j])
+PK_HD Segment make_segment(const Operand& x, const Weight& w, int64_t depth, bool along_columns) {
+    Segment segment;
+    segment.x = x;
+    segment.w = w;
+    segment.depth = depth;
+    segment.along_columns = along_columns;
+    return segment;
+}
+
+// out[i, j] = round(scale[j] * (segment 0 + segment 1 + ... + add[i, j]) + bias[j]), in fp32.
 struct Product {
     int64_t m = 0;
     int64_t n = 0;
     int segments = 0;
     Segment segment[3];
-    Dropout mask; // multiplies what segment 0 gave, by (i, j)
+    const Segment* list = nullptr; // instead of `segment`, where there are more of them
+    const int64_t* rows = nullptr; // row i is row rows[i] of operands, masks, add and out
+    int64_t range = 0;             // row count by which the kernel is chosen; 0: m
+    const float* scale = nullptr;
+    int scaled = INT32_MAX;    // so many segments are scaled; what follows is added as it is
+    void* unscaled = nullptr;  // also out: the sums before scale and bias, like `out`
+    const void* add = nullptr; // strides as `out`
+    int add_dtype = kF32;
     const void* bias = nullptr;
     int bias_dtype = kF32;
     void* out = nullptr;
     int out_dtype = kF32;
     int64_t out_row_stride = 0;
     int64_t out_col_stride = 1;
-    bool add_to_out = false; // start from what `out` holds (in its dtype)
     int threads = 1;
 };
+
+PK_HD const Segment& segment_of(const Product& p, int n) {
+    return p.list != nullptr ? p.list[n] : p.segment[n];
+}
+
+PK_HD int64_t row_of(const Product& p, int64_t i) { return p.rows != nullptr ? p.rows[i] : i; }
 
 struct Quantize4 {
     const void* x;
@@ -266,6 +297,37 @@ struct PrefixAttention {
     int threads = 1;
 };
 
+// Sums of squares of the rows of a weight, in fp64; of its storage columns if `swapped`.
+struct RowSquares {
+    Weight w;
+    bool swapped;
+    double* out;
+    int threads;
+};
+
+// norm[j] = sqrt(max(0, norm_sq[j] + 2 s cross[., j] . b[j] + s^2 (b[j] a a^T) . b[j])), in fp64.
+struct DoraNorm {
+    int64_t n, k, rank;
+    const float* a;     // [rank, k]
+    const float* b;     // [n, rank]
+    const float* cross; // [rank, n], a times the transposed base
+    const double* norm_sq;
+    double scaling;
+    double* gram; // scratch, [rank, rank]
+    float* norm;
+    int threads;
+};
+
+// out[j] = sum over rows of x[i, j] * y[i, j].
+struct ColumnDots {
+    const void* x;
+    const void* y;
+    int dtype;
+    int64_t rows, cols;
+    float* out;
+    int threads;
+};
+
 struct Kernels {
     const char* name;
     int (*product)(const Product&);
@@ -281,6 +343,9 @@ struct Kernels {
     int (*sparse_product)(const SparseProduct&);
     int (*prefix_forward)(PrefixAttention&);
     int (*prefix_backward)(PrefixAttention&);
+    int (*row_squares)(const RowSquares&);
+    int (*dora_norm)(const DoraNorm&);
+    int (*column_dots)(const ColumnDots&);
 };
 
 } // namespace pk

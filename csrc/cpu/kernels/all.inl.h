@@ -15,6 +15,7 @@
 #include "optimizer.inl.h"
 #include "sparse.inl.h"
 #include "prefix.inl.h"
+#include "dora.inl.h"
 
 namespace pk {
 
@@ -34,6 +35,9 @@ const Kernels PK_KERNELS = {
     PK_ISA::sparse_product,
     PK_ISA::prefix_forward,
     PK_ISA::prefix_backward,
+    PK_ISA::row_squares,
+    PK_ISA::dora_norm,
+    PK_ISA::column_dots,
 };
 
 } // namespace pk

@@ -87,8 +87,8 @@ void run_bottleneck(const Bottleneck& b, int64_t i0, int64_t rows, BottleneckScr
         for (int64_t k0 = 0; k0 < b.k; k0 += kDepth) {
             int64_t depth = min64(kDepth, b.k - k0);
             for (int64_t i = 0; i < rows; ++i)
-                operand_run(down.x, i0 + i, k0, depth, panel.x + i * kStride);
-            add_block(down, j0, cols, k0, depth, rows, panel);
+                operand_run(down.x, i0 + i, k0, depth, nullptr, panel.x + i * kStride);
+            add_block(down, j0, cols, k0, depth, rows, panel.x, panel.sum, panel);
         }
         load_entries(b.down_b, b.adapter_dtype, false, j0, cols, 0.0f, s.bias);
         for (int64_t i = 0; i < rows; ++i) {
@@ -110,7 +110,7 @@ void run_bottleneck(const Bottleneck& b, int64_t i0, int64_t rows, BottleneckScr
                 for (int64_t i = 0; i < rows; ++i)
                     __builtin_memcpy(panel.x + i * kStride, s.h + i * b.rank + k0,
                                      (size_t)depth * sizeof(float));
-            add_block(up, j0, cols, k0, depth, rows, panel);
+            add_block(up, j0, cols, k0, depth, rows, panel.x, panel.sum, panel);
         }
         load_entries(b.up_b, b.adapter_dtype, false, j0, cols, 0.0f, s.bias);
         load_entries(b.scale, b.adapter_dtype, b.scales == 1, j0, cols, 1.0f, s.scale);
@@ -142,8 +142,8 @@ int few_rows(const Bottleneck& b) {
     p.n = b.rank;
     p.threads = b.threads;
     p.segments = 1;
-    p.segment[0] = {row_operand(b.x, b.dtype, b.k),
-                    dense_weight(b.down_w, b.adapter_dtype, b.rank, b.k), b.k, false};
+    p.segment[0] = make_segment(row_operand(b.x, b.dtype, b.k),
+                                dense_weight(b.down_w, b.adapter_dtype, b.rank, b.k), b.k, false);
     p.bias = b.down_b;
     p.bias_dtype = b.adapter_dtype;
     p.out = b.work;
@@ -153,8 +153,8 @@ int few_rows(const Bottleneck& b) {
     activation_run(b.activation, b.work, nullptr, b.m * b.rank);
     float* up = b.work + b.m * b.rank;
     p.n = b.n;
-    p.segment[0] = {row_operand(b.work, kF32, b.rank),
-                    dense_weight(b.up_w, b.adapter_dtype, b.n, b.rank), b.rank, false};
+    p.segment[0] = make_segment(row_operand(b.work, kF32, b.rank),
+                                dense_weight(b.up_w, b.adapter_dtype, b.n, b.rank), b.rank, false);
     p.bias = nullptr;
     p.out = up;
     p.out_row_stride = b.n;
@@ -297,8 +297,8 @@ int backward_block(const Bottleneck& b, const BottleneckGradients& g, int64_t i0
     p.n = rank;
     p.threads = b.threads;
     p.segments = 1;
-    p.segment[0] = {row_operand(x, b.dtype, b.k),
-                    dense_weight(b.down_w, b.adapter_dtype, rank, b.k), b.k, false};
+    p.segment[0] = make_segment(row_operand(x, b.dtype, b.k),
+                                dense_weight(b.down_w, b.adapter_dtype, rank, b.k), b.k, false);
     p.bias = b.down_b;
     p.bias_dtype = b.adapter_dtype;
     p.out = z;
@@ -310,10 +310,10 @@ int backward_block(const Bottleneck& b, const BottleneckGradients& g, int64_t i0
     masked.dropout = mask;
     masked.scale = factor;
     bool scaled = b.scale != nullptr;
-    p.segment[0] = {
+    p.segment[0] = make_segment(
         masked,
         dense_weight(scaled ? g.scaled_up : b.up_w, scaled ? kF32 : b.adapter_dtype, b.n, rank),
-        b.n, true};
+        b.n, true);
     p.bias = nullptr;
     p.out = d;
     if (int status = product(p))
@@ -327,12 +327,13 @@ int backward_block(const Bottleneck& b, const BottleneckGradients& g, int64_t i0
 
     if (g.dx != nullptr) {
         p.n = b.k;
-        p.segment[0] = {row_operand(d, kF32, rank),
-                        dense_weight(b.down_w, b.adapter_dtype, rank, b.k), rank, true};
+        p.segment[0] = make_segment(row_operand(d, kF32, rank),
+                                    dense_weight(b.down_w, b.adapter_dtype, rank, b.k), rank, true);
         p.out = (void*)at_row(g.dx, b.dtype, i0, b.k);
         p.out_dtype = b.dtype;
         p.out_row_stride = b.k;
-        p.add_to_out = g.add_dy;
+        p.add = g.add_dy ? p.out : nullptr;
+        p.add_dtype = b.dtype;
         if (g.add_dy)
             __builtin_memcpy(p.out, dy, (size_t)(rows * b.k * dtype_size(b.dtype)));
         if (int status = product(p))
@@ -349,16 +350,18 @@ int backward_block(const Bottleneck& b, const BottleneckGradients& g, int64_t i0
     columns.scale = factor;
     Weight kept = dense_weight(dy, b.dtype, rows, b.n);
     kept.dropout = mask;
-    p.segment[0] = {columns, kept, rows, true};
+    p.segment[0] = make_segment(columns, kept, rows, true);
     p.out = g.up_sum;
     p.out_row_stride = b.n;
-    p.add_to_out = i0 > 0;
+    p.add = i0 > 0 ? p.out : nullptr;
     if (int status = product(p))
         return status;
     p.m = rank;
     p.n = b.k;
-    p.segment[0] = {row_operand(dt, kF32, rows), dense_weight(x, b.dtype, rows, b.k), rows, true};
+    p.segment[0] =
+        make_segment(row_operand(dt, kF32, rows), dense_weight(x, b.dtype, rows, b.k), rows, true);
     p.out = g.down_sum;
+    p.add = i0 > 0 ? p.out : nullptr;
     p.out_row_stride = b.k;
     if (int status = product(p))
         return status;

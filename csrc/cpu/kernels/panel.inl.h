@@ -30,6 +30,7 @@ struct PanelScratch {
     alignas(64) float weights[kPanelCols / kTileCols * kPanelStride]; // each panel depth-major
     alignas(64) float x[kPanelRows * kStride];
     alignas(64) float sum[kPanelRows * kSumStride];
+    alignas(64) float part[kPanelRows * kSumStride]; // of segments that wait for a mask
     alignas(64) float block[kFewRows * kSumStride];
     alignas(64) float rows[V::kLanes * kStride];
     alignas(64) float line[kPanelCols];
@@ -118,8 +119,10 @@ void pack_rows(const Weight& w, int64_t row0, int64_t rows, int64_t k0, int64_t 
 
 // Output columns are storage columns: runs are already in order.
 template <int S>
-void pack_columns(const Weight& w, int64_t col0, int64_t cols, int64_t k0, int64_t depth,
+void pack_columns(const Segment& segment, int64_t col0, int64_t cols, int64_t k0, int64_t depth,
                   PanelScratch& s) {
+    const Weight& w = segment.w;
+    const int64_t* index = segment.depth_rows;
     constexpr int64_t kAhead = 8;
     int64_t whole = ceil_div(cols, kTileCols) * kTileCols;
     for (int64_t j = cols; j < whole; ++j)
@@ -129,8 +132,9 @@ void pack_columns(const Weight& w, int64_t col0, int64_t cols, int64_t k0, int64
                   cols % V::kWide == 0 && ((int64_t)1 << w.block_shift) >= V::kWide &&
                   w.entries.index == nullptr;
     for (int64_t k = 0; k < depth; ++k) {
-        if (k0 + k + kAhead < w.rows)
-            prefetch_run(w, k0 + k + kAhead, col0, cols);
+        int64_t ahead = k0 + k + kAhead;
+        if (ahead < segment.depth)
+            prefetch_run(w, index == nullptr ? ahead : index[ahead], col0, cols);
         ToPanels<S> panels = {s.weights + k * kTileCols};
         if (direct) {
             int64_t flat = (k0 + k) * w.cols + col0;
@@ -142,7 +146,7 @@ void pack_columns(const Weight& w, int64_t col0, int64_t cols, int64_t k0, int64
                 decode_groups<kF32>(w, flat, cols / V::kWide, panels);
             continue;
         }
-        decode_run(w, k0 + k, col0, cols, s.line);
+        decode_run(w, index == nullptr ? k0 + k : index[k0 + k], col0, cols, s.line);
         float* to = s.weights + k * kTileCols;
         for (int64_t j = 0; j < whole; j += kTileCols, to += S)
 #pragma GCC unroll 4
@@ -151,11 +155,11 @@ void pack_columns(const Weight& w, int64_t col0, int64_t cols, int64_t k0, int64
     }
 }
 
-// Adds one block of the depth to the sums of a task.
+// Adds one block of the depth to the sums of a task: `rows` rows of x and of `sum`.
 void add_block(const Segment& segment, int64_t j0, int64_t cols, int64_t k0, int64_t depth,
-               int64_t rows, PanelScratch& s) {
+               int64_t rows, const float* x, float* sum, PanelScratch& s) {
     if (segment.along_columns)
-        pack_columns<kPanelStride>(segment.w, j0, cols, k0, depth, s);
+        pack_columns<kPanelStride>(segment, j0, cols, k0, depth, s);
     else
         pack_rows(segment.w, j0, cols, k0, depth, s);
     // A few panels at a time, so that they stay in the first-level cache over the rows.
@@ -163,27 +167,26 @@ void add_block(const Segment& segment, int64_t j0, int64_t cols, int64_t k0, int
     for (int64_t j = 0; j < panels; j += kPanelGroup)
         for (int64_t i = 0; i < rows; i += V::kTileRows)
             tiles<V::kTileRows, kPanelStride, false>(
-                rows - i, s.x + i * kStride, s.weights + j * kPanelStride,
-                min64(kPanelGroup, panels - j), depth, s.sum + i * kSumStride + j * kTileCols);
+                rows - i, x + i * kStride, s.weights + j * kPanelStride,
+                min64(kPanelGroup, panels - j), depth, sum + i * kSumStride + j * kTileCols);
 }
 
 // The same, bit for bit, for few rows: the weights are used while a few lines of them are in the
 // first-level cache, and the block's sums wait in memory.
 void add_thin_block(const Segment& segment, int64_t j0, int64_t cols, int64_t k0, int64_t depth,
-                    int64_t rows, PanelScratch& s) {
+                    int64_t rows, const float* x, float* sum, PanelScratch& s) {
     int64_t panels = ceil_div(cols, kTileCols);
     for (int64_t i = 0; i < rows; ++i)
         __builtin_memset(s.block + i * kSumStride, 0, (size_t)(panels * kTileCols) * sizeof(float));
     for (int64_t k = 0; k < depth; k += kThinDepth) {
         int64_t lines = min64(kThinDepth, depth - k);
-        pack_columns<kThinDepth * kTileCols>(segment.w, j0, cols, k0 + k, lines, s);
+        pack_columns<kThinDepth * kTileCols>(segment, j0, cols, k0 + k, lines, s);
         for (int64_t i = 0; i < rows; i += V::kTileRows)
-            tiles<V::kTileRows, kThinDepth * kTileCols, true>(rows - i, s.x + i * kStride + k,
-                                                              s.weights, panels, lines,
-                                                              s.block + i * kSumStride);
+            tiles<V::kTileRows, kThinDepth * kTileCols, true>(
+                rows - i, x + i * kStride + k, s.weights, panels, lines, s.block + i * kSumStride);
     }
     for (int64_t i = 0; i < rows; ++i)
-        add_run(s.sum + i * kSumStride, s.block + i * kSumStride, panels * kTileCols);
+        add_run(sum + i * kSumStride, s.block + i * kSumStride, panels * kTileCols);
 }
 
 struct PanelTask {
@@ -192,6 +195,43 @@ struct PanelTask {
     int64_t row_tiles;
     int status;
 };
+
+// Keeps a sum as it is, if asked for, and scales it.
+void scale_sum(const Product& p, int64_t at, int64_t j0, int64_t cols, float* sum) {
+    if (p.unscaled != nullptr) // only with unit column stride
+        store_run(sum, cols, p.out_dtype, (char*)p.unscaled + at * dtype_size(p.out_dtype));
+    if (p.scale != nullptr)
+        mul_run(sum, p.scale + j0, cols);
+}
+
+// Scale, bias, rounding, and the store of a task's sums.
+void finish_rows(const Product& p, int64_t i0, int64_t rows, int64_t j0, int64_t cols,
+                 PanelScratch& s) {
+    if (p.bias != nullptr) {
+        const char* b = (const char*)p.bias + j0 * dtype_size(p.bias_dtype);
+        load_run(b, p.bias_dtype, cols, s.bias);
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+        float* sum = s.sum + i * kSumStride;
+        int64_t at = row_of(p, i0 + i) * p.out_row_stride + j0 * p.out_col_stride;
+        if (p.add != nullptr) { // only with unit column stride
+            load_run((const char*)p.add + at * dtype_size(p.add_dtype), p.add_dtype, cols, s.line);
+            add_run(sum, s.line, cols);
+        }
+        int64_t byte = at * dtype_size(p.out_dtype);
+        if (p.scaled >= p.segments)
+            scale_sum(p, at, j0, cols, sum);
+        if (p.bias != nullptr)
+            add_run(sum, s.bias, cols);
+        char* out = (char*)p.out + byte;
+        if (p.out_col_stride == 1) {
+            store_run(sum, cols, p.out_dtype, out);
+        } else {
+            for (int64_t j = 0; j < cols; ++j)
+                store_from_float(out, p.out_dtype, j * p.out_col_stride, sum[j]);
+        }
+    }
+}
 
 void run_panel(const PanelTask& task, int64_t chunk, PanelScratch& s) {
     const Product& p = *task.p;
@@ -202,42 +242,47 @@ void run_panel(const PanelTask& task, int64_t chunk, PanelScratch& s) {
     constexpr int64_t stride = kSumStride;
     for (int64_t i = 0; i < rows; ++i)
         __builtin_memset(s.sum + i * stride, 0, kSumStride * sizeof(float));
+    float* target = s.sum;
+    bool joined = false;
     for (int n = 0; n < p.segments; ++n) {
-        const Segment& segment = p.segment[n];
+        const Segment& segment = segment_of(p, n);
+        int64_t low = max64(segment.row_begin - i0, 0), high = min64(segment.row_end - i0, rows);
+        if (low >= high)
+            continue;
+        if (!joined) {
+            // What comes first may be masked where the sum will be.
+            target = (segment.mask.on || segment.join) && n > 0 ? s.part : s.sum;
+            if (target == s.part)
+                for (int64_t i = low; i < high; ++i)
+                    __builtin_memset(s.part + i * stride, 0, kSumStride * sizeof(float));
+        }
+        float *x = s.x + low * kStride, *sum = target + low * stride;
         for (int64_t k0 = 0; k0 < segment.depth; k0 += kDepth) {
             int64_t depth = min64(kDepth, segment.depth - k0);
-            for (int64_t i = 0; i < rows; ++i)
-                operand_run(segment.x, i0 + i, k0, depth, s.x + i * kStride);
-            if (segment.along_columns && rows <= kFewRows)
-                add_thin_block(segment, j0, cols, k0, depth, rows, s);
+            for (int64_t i = low; i < high; ++i)
+                operand_run(segment.x, row_of(p, i0 + i), k0, depth, segment.depth_rows,
+                            s.x + i * kStride);
+            if (segment.along_columns && high - low <= kFewRows)
+                add_thin_block(segment, j0, cols, k0, depth, high - low, x, sum, s);
             else
-                add_block(segment, j0, cols, k0, depth, rows, s);
+                add_block(segment, j0, cols, k0, depth, high - low, x, sum, s);
         }
-        if (n == 0 && p.mask.on)
-            for (int64_t i = 0; i < rows; ++i)
-                dropout_run(s.sum + i * stride, cols, p.mask, (i0 + i) * p.mask.cols + j0, kF32);
-    }
-    if (p.bias != nullptr) {
-        const char* b = (const char*)p.bias + j0 * dtype_size(p.bias_dtype);
-        load_run(b, p.bias_dtype, cols, s.bias);
-    }
-    for (int64_t i = 0; i < rows; ++i) {
-        float* sum = s.sum + i * stride;
-        int64_t at = (i0 + i) * p.out_row_stride + j0 * p.out_col_stride;
-        char* out = (char*)p.out + at * dtype_size(p.out_dtype);
-        if (p.add_to_out) { // only with unit column stride
-            load_run(out, p.out_dtype, cols, s.line);
-            add_run(sum, s.line, cols);
-        }
-        if (p.bias != nullptr)
-            add_run(sum, s.bias, cols);
-        if (p.out_col_stride == 1) {
-            store_run(sum, cols, p.out_dtype, out);
-        } else {
-            for (int64_t j = 0; j < cols; ++j)
-                store_from_float(out, p.out_dtype, j * p.out_col_stride, sum[j]);
+        joined = segment.join;
+        if (joined)
+            continue;
+        for (int64_t i = low; i < high; ++i) {
+            float* line = target + i * stride;
+            if (segment.mask.on)
+                dropout_run(line, cols, segment.mask, row_of(p, i0 + i) * segment.mask.cols + j0,
+                            kF32);
+            if (target == s.part)
+                add_run(s.sum + i * stride, line, cols);
+            if (n + 1 == p.scaled && n + 1 < p.segments)
+                scale_sum(p, row_of(p, i0 + i) * p.out_row_stride + j0, j0, cols,
+                          s.sum + i * stride);
         }
     }
+    finish_rows(p, i0, rows, j0, cols, s);
 }
 
 void panel_body(void* context, Queue* queue) {
@@ -254,7 +299,7 @@ void panel_body(void* context, Queue* queue) {
 int panel_product(const Product& p, int threads) {
     PanelTask task = {&p, kPanelRows, kRowPanelCols, 0, kOk};
     for (int n = 0; n < p.segments; ++n)
-        if (p.segment[n].along_columns)
+        if (segment_of(p, n).along_columns)
             task.tile_cols = kPanelCols;
     // Even shares of the rows, in whole register tiles; narrower panels while tasks are few.
     int64_t blocks = ceil_div(p.m, kPanelRows);

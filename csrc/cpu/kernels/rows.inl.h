@@ -132,11 +132,11 @@ struct RowTask {
 void convert_x(const RowTask& task, float* x) {
     const Product& p = *task.p;
     for (int n = 0; n < p.segments; ++n) {
-        const Segment& segment = p.segment[n];
-        int64_t whole = padded(segment.depth);
-        for (int64_t i = 0; i < p.m; ++i) {
+        const Segment& segment = segment_of(p, n);
+        int64_t whole = padded(segment.depth), end = min64(segment.row_end, p.m);
+        for (int64_t i = segment.row_begin; i < end; ++i) {
             float* line = x + i * task.x_stride;
-            operand_run(segment.x, i, 0, segment.depth, line);
+            operand_run(segment.x, row_of(p, i), 0, segment.depth, nullptr, line);
             if (in_groups(segment.w))
                 reorder(line, segment.depth, segment.w.dtype);
             for (int64_t k = segment.depth; k < whole; ++k)
@@ -150,7 +150,9 @@ void convert_x(const RowTask& task, float* x) {
 void add_segment(const RowTask& task, const Segment& segment, const float* x, int64_t j,
                  int64_t rows, float* piece, Chains* chains) {
     const Weight& w = segment.w;
-    int64_t m = task.p->m;
+    int64_t m = task.p->m, end = min64(segment.row_end, m);
+    if (segment.row_begin >= end)
+        return;
     constexpr bool kFuse = V::kWide / L % kChains == 0;
     if (kFuse && m == 1 && in_groups(w)) {
         for (int64_t r = 0; r < rows; ++r) {
@@ -170,8 +172,8 @@ void add_segment(const RowTask& task, const Segment& segment, const float* x, in
             decode_piece(w, j + r, k, len, piece);
             for (int64_t i = len; i < vectors * L; ++i)
                 piece[i] = 0.0f;
-            for (int64_t i = 0; i < m; i += V::kRowGroup)
-                dots_of<V::kRowGroup>(m - i, piece, x + i * task.x_stride + k, task.x_stride,
+            for (int64_t i = segment.row_begin; i < end; i += V::kRowGroup)
+                dots_of<V::kRowGroup>(end - i, piece, x + i * task.x_stride + k, task.x_stride,
                                       vectors, chains + r * m + i);
         }
     }
@@ -180,10 +182,14 @@ void add_segment(const RowTask& task, const Segment& segment, const float* x, in
 void store_row(const Product& p, int64_t j, const Chains* chains) {
     float bias = p.bias == nullptr ? 0.0f : load_as_float(p.bias, p.bias_dtype, j);
     for (int64_t i = 0; i < p.m; ++i) {
-        int64_t at = i * p.out_row_stride + j * p.out_col_stride;
+        int64_t at = row_of(p, i) * p.out_row_stride + j * p.out_col_stride;
         float y = fold(chains[i]);
-        if (p.add_to_out)
-            y += load_as_float(p.out, p.out_dtype, at);
+        if (p.add != nullptr)
+            y += load_as_float(p.add, p.add_dtype, at);
+        if (p.unscaled != nullptr)
+            store_from_float(p.unscaled, p.out_dtype, at, y);
+        if (p.scale != nullptr)
+            y *= p.scale[j];
         if (p.bias != nullptr)
             y += bias;
         store_from_float(p.out, p.out_dtype, at, y);
@@ -212,8 +218,8 @@ void row_body(void* context, Queue* queue) {
             __builtin_memset(chains, 0, sizeof(Chains) * (size_t)(rows * p.m));
             const float* xs = x;
             for (int n = 0; n < p.segments; ++n) {
-                add_segment(task, p.segment[n], xs, j, rows, piece, chains);
-                xs += padded(p.segment[n].depth);
+                add_segment(task, segment_of(p, n), xs, j, rows, piece, chains);
+                xs += padded(segment_of(p, n).depth);
             }
             for (int64_t r = 0; r < rows; ++r)
                 store_row(p, j + r, chains + r * p.m);
@@ -222,21 +228,23 @@ void row_body(void* context, Queue* queue) {
 }
 
 bool row_kernel_serves(const Product& p) {
-    if (p.m > kMaxRows || p.mask.on)
+    if ((p.range > 0 ? p.range : p.m) > kMaxRows || p.scaled < p.segments)
         return false;
-    for (int n = 0; n < p.segments; ++n)
-        if (p.segment[n].along_columns)
+    for (int n = 0; n < p.segments; ++n) {
+        const Segment& segment = segment_of(p, n);
+        if (segment.along_columns || segment.mask.on || segment.join)
             return false;
+    }
     return true;
 }
 
 int row_product(const Product& p, int threads) {
     int64_t depth = 1;
     for (int n = 0; n < p.segments; ++n)
-        depth += p.segment[n].depth;
+        depth += segment_of(p, n).depth;
     RowTask task = {&p, 1, 16, kOk}; // 16: rows of x must not all start in the same cache set
     for (int n = 0; n < p.segments; ++n)
-        task.x_stride += padded(p.segment[n].depth);
+        task.x_stride += padded(segment_of(p, n).depth);
     int64_t blocks = 131072 / (depth * kBlockRows); // about 10 us a chunk
     task.rows_per_chunk = kBlockRows * (blocks < 1 ? 1 : blocks > 8 ? 8 : blocks);
     run_parallel(threads, ceil_div(p.n, task.rows_per_chunk), row_body, &task);
@@ -248,8 +256,10 @@ int product(const Product& p) {
         return kOk;
     double microseconds = 0.0;
     for (int n = 0; n < p.segments; ++n) {
-        double weights = (double)p.n * (double)p.segment[n].depth;
-        microseconds += weights * (1e-4 + (double)p.m * 3e-5) / V::kSpeed;
+        const Segment& segment = segment_of(p, n);
+        double weights = (double)p.n * (double)segment.depth;
+        int64_t rows = min64(segment.row_end, p.m) - segment.row_begin;
+        microseconds += weights * (1e-4 + (double)rows * 3e-5) / V::kSpeed;
     }
     int threads = worthwhile_threads(p.threads, microseconds);
     return row_kernel_serves(p) ? row_product(p, threads) : panel_product(p, threads);

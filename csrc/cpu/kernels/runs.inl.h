@@ -67,6 +67,14 @@ void scale_run(float* x, int64_t n, float scale) {
         x[i] *= scale;
 }
 
+void mul_run(float* x, const float* y, int64_t n) {
+    int64_t i = 0;
+    for (; i + L <= n; i += L)
+        V::store(x + i, V::mul(V::load(x + i), V::load(y + i)));
+    for (; i < n; ++i)
+        x[i] *= y[i];
+}
+
 void add_run(float* x, const float* y, int64_t n) {
     int64_t i = 0;
     for (; i + L <= n; i += L)
@@ -316,18 +324,38 @@ void decode_run(const Weight& w, int64_t row, int64_t col, int64_t n, float* out
         add_entries(w, row, col, n, out);
 }
 
-// x(i, k0 .. k0 + n) as fp32.
-void operand_run(const Operand& x, int64_t i, int64_t k0, int64_t n, float* out) {
+// x[i] -= dropout(x)[i], elements as in dropout_run().
+void subtract_dropout_run(float* x, int64_t n, const Dropout& d, int64_t first, int dtype) {
+    constexpr int64_t kSpan = 256;
+    float kept[kSpan];
+    for (int64_t i = 0; i < n; i += kSpan) {
+        int64_t len = min64(n - i, kSpan);
+        __builtin_memcpy(kept, x + i, (size_t)len * sizeof(float));
+        dropout_run(kept, len, d, first + i, dtype);
+        for (int64_t j = 0; j < len; ++j)
+            x[i + j] -= kept[j];
+    }
+}
+
+// x(i, k0 .. k0 + n) as fp32; `index` renames positions of the depth.
+void operand_run(const Operand& x, int64_t i, int64_t k0, int64_t n, const int64_t* index,
+                 float* out) {
     if (x.col_stride == 1) {
         const char* p = (const char*)x.p + (i * x.row_stride + k0) * dtype_size(x.dtype);
         load_run(p, x.dtype, n, out);
     } else {
-        for (int64_t k = 0; k < n; ++k)
-            out[k] = load_as_float(x.p, x.dtype, i * x.row_stride + (k0 + k) * x.col_stride);
+        for (int64_t k = 0; k < n; ++k) {
+            int64_t at = index == nullptr ? k0 + k : index[k0 + k];
+            out[k] = load_as_float(x.p, x.dtype, i * x.row_stride + at * x.col_stride);
+        }
     }
-    if (x.dropout.on)
+    if (x.dropout.on && x.rest)
+        subtract_dropout_run(out, n, x.dropout, i * x.dropout.cols + k0, x.dtype);
+    else if (x.dropout.on)
         dropout_run(out, n, x.dropout, i * x.dropout.cols + k0, x.dtype);
     scale_run(out, n, x.scale);
+    if (x.depth_scale != nullptr)
+        mul_run(out, x.depth_scale + k0, n);
 }
 
 } // namespace

@@ -38,6 +38,7 @@ def native_base(
     shape: tuple[int, int],
     dtype: torch.dtype,
 ) -> native.NativeWeight:
+    """The base [N, K] as kernels take it; a quantized one decodes to ``dtype``."""
     if format == "dense" or absmax is None:
         return native.weight_dense(weight)
     if format == "int8":
