@@ -175,6 +175,39 @@ def test_several_adapters_add_up() -> None:
             SparseDeltaLinear(nn.Linear(16, 8), torch.tensor(bad))
 
 
+def test_rows_take_their_own_adapter() -> None:
+    model = build("bert").eval()
+    for seed, name in enumerate(("one", "two")):
+        pk.patch(model, pk.SparseDeltaConfig(density=0.05, seed=seed), name)
+        randomize_adapters(model, seed)
+    data = batch("bert", rows=3)
+    data.pop("labels")
+    apart = []
+    for i, name in enumerate(("two", None, "one")):
+        pk.set_adapter(model, name or "one")
+        row = {key: value[i : i + 1] for key, value in data.items()}
+        if name is None:
+            with pk.disable_adapter(model):
+                apart.append(model(**row).logits)
+        else:
+            apart.append(model(**row).logits)
+    together = model(**data, adapter_names=["two", "__base__", "one"]).logits
+    torch.testing.assert_close(together, torch.cat(apart), rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_layer_equals_the_plain_one() -> None:
+    layer = SparseDeltaLinear(nn.Linear(32, 16), torch.arange(0, 512, 7))
+    layer.held("default").values.data.normal_()
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 32)
+    assert_same_bits(compiled(x), layer(x))
+    values = layer.held("default").values
+    (got,) = torch.autograd.grad(compiled(x).sin().sum(), values)
+    (want,) = torch.autograd.grad(layer(x).sin().sum(), values)
+    assert_same_bits(got, want)
+
+
 def test_hooks_on_the_base_layer_still_run() -> None:
     base = nn.Linear(16, 8)
     layer = SparseDeltaLinear(base, torch.tensor([1, 20, 100]))
@@ -247,11 +280,13 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compact", ["nf4", "int8"])
-@pytest.mark.parametrize("method", ["lora", "sparse"])
+@pytest.mark.parametrize("method", ["lora", "sparse", "prompt"])
 def test_compact_checkpoints(compact: str, method: str, tmp_path: Path) -> None:
     model = build("bert")
     if method == "lora":
         pk.patch(model, pk.LoRAConfig(r=8, modules_to_save=["classifier"]))
+    elif method == "prompt":
+        pk.patch(model, pk.PromptTuningConfig(num_virtual_tokens=10))
     else:
         pk.patch(model, pk.SparseDeltaConfig(density=0.1))
     randomize_adapters(model)

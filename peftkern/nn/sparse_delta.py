@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from peftkern import functional
 from peftkern.nn.adapter import AdapterLayer, check_adapter_name
 from peftkern.nn.merging import Merged, merge_into, unmerge_from
 from peftkern.nn.quantized import QuantizedLinear
+from peftkern.nn.rows import by_rows
 from peftkern.nn.structure import (
     default_device,
     dense_weight,
@@ -70,6 +72,7 @@ class SparseDeltaLinear(AdapterLayer):
     """
 
     _adapter_containers = ("sparse_delta",)
+    serves_rows = True
     on_linear = True
 
     def __init__(
@@ -208,8 +211,17 @@ class SparseDeltaLinear(AdapterLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """The adapted linear map; x [..., in] -> [..., out] in the dtype of x (autocast obeyed)."""
-        names = [name for name in self._active_adapter if name in self.sparse_delta]
-        if self._disable_adapters or self.merged_adapters or not names:
+        if self._disable_adapters or self.merged_adapters:
+            return self.base_layer(x)
+        choice = self.row_choice()
+        if choice is None:
+            return self._with(x, self._active_adapter)
+        known = self.adapter_names
+        return by_rows(choice, x, lambda name, part: self._with(part, (name,)), known)
+
+    def _with(self, x: Tensor, adapters: Sequence[str | None]) -> Tensor:
+        names = [name for name in adapters if name is not None and name in self.sparse_delta]
+        if not names:
             return self.base_layer(x)
         indices, values = self.entries(*names)
         if self.why_not_fused() is not None:
