@@ -18,6 +18,7 @@ from peftkern.hf.targets import survey
 
 peft = pytest.importorskip("peft")
 safetensors_torch = pytest.importorskip("safetensors.torch")
+transformers = pytest.importorskip("transformers")
 from hf_models import (  # noqa: E402
     PEFT_WARNINGS,
     assert_unchanged,
@@ -300,3 +301,84 @@ def test_embeddings_of_another_base_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"other base weights.*embed_tokens\.base_layer\.weight"):
         pk.load_adapter(other, tmp_path)
     assert_unchanged(other, before)
+
+
+def t5() -> tuple[nn.Module, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=64,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+    )
+    ids = torch.randint(1, 64, (3, 7))
+    data = {"input_ids": ids, "decoder_input_ids": ids[:, :5], "labels": ids[:, 1:6].clone()}
+    return transformers.T5ForConditionalGeneration(config), data
+
+
+def vit() -> tuple[nn.Module, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        image_size=16,
+        patch_size=8,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    data = {"pixel_values": torch.randn(3, 3, 16, 16), "labels": torch.tensor([0, 1, 1])}
+    return transformers.ViTForImageClassification(config), data
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
+@pytest.mark.parametrize("family", [t5, vit])
+def test_all_linear_layers_of_other_families(family: Any, method: str, tmp_path: Path) -> None:
+    config: Any = pk.IA3Config(feedforward_modules=r".*\.(wo|fc2)") if method == "ia3" else None
+    if config is None:
+        config = pk.LoRAConfig(r=4, use_dora=method == "dora")
+    model, data = family()
+    pk.patch(model.eval(), config)
+    randomize_adapters(model)
+    pk.save_adapter(model, tmp_path)
+    reference = peft.PeftModel.from_pretrained(family()[0], str(tmp_path), is_trainable=True).eval()
+    losses = [each(**data).loss for each in (model, reference)]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)
+    for loss in losses:
+        loss.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    want = {
+        n.removeprefix("base_model.model."): p.grad
+        for n, p in reference.named_parameters()
+        if p.requires_grad
+    }
+    assert gradients.keys() == want.keys()
+    for name, gradient in want.items():
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5 * scale)
+    reference.save_pretrained(tmp_path / "again")
+    fresh = family()[0].eval()
+    pk.load_adapter(fresh, tmp_path / "again")
+    torch.testing.assert_close(fresh(**data).loss, losses[1], rtol=1e-5, atol=1e-5)
+
+
+def test_factors_on_chosen_layers_keep_their_sides(tmp_path: Path) -> None:
+    config = pk.IA3Config(
+        target_modules=["v_proj", "down_proj"],
+        feedforward_modules=["down_proj"],
+        layers_to_transform=[1],  # a field that PEFT's (IA)^3 does not have
+    )
+    model = build("llama").eval()
+    pk.patch(model, config)
+    randomize_adapters(model)
+    pk.save_adapter(model, tmp_path)
+    loaded = peft.PeftModel.from_pretrained(build("llama"), str(tmp_path)).eval()
+    torch.testing.assert_close(logits(loaded, "llama"), logits(model, "llama"))
+    again = build("llama").eval()
+    pk.load_adapter(again, tmp_path)
+    torch.testing.assert_close(logits(again, "llama"), logits(model, "llama"))

@@ -266,12 +266,44 @@ def test_loftq_takes_pefts_steps() -> None:
     weight = linear.weight.detach()
     rest = weight
     for _ in range(3):
-        rounded = pk.quantize_4bit(rest).dequantize(torch.float32)
+        rounded = pk.quantize_4bit(rest, double_quant=False).dequantize(torch.float32)
         u, s, vh = torch.linalg.svd(weight - rounded, full_matrices=False)
         low = (u[:, :r] * s[:r]) @ vh[:r]
         rest = weight - low
     torch.testing.assert_close(layer.base_layer.weight, rounded)
     torch.testing.assert_close(layer.delta_weight("default"), low, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4", "int8"])
+def test_interop_loftq_files_say_how_the_base_is_made(quantize: str | None, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = pk.LoRAConfig(
+        r=4, init_lora_weights="loftq", loftq_config={"loftq_iter": 2}, quantize=quantize
+    )
+    model = build("llama").eval()
+    pk.patch(model, config)
+    randomize_adapters(model)
+    pk.save_adapter(model, tmp_path)
+    read = peft.LoraConfig.from_pretrained(str(tmp_path))  # applying it needs a GPU in PEFT
+    bits = 8 if quantize == "int8" else 4
+    assert (read.init_lora_weights, read.loftq_config) == (
+        "loftq",
+        {"loftq_bits": bits, "loftq_iter": 2},
+    )
+    fresh = build("llama").eval()
+    pk.load_adapter(fresh, tmp_path, quantize=quantize)
+    assert torch.equal(fresh(**batch("llama")).logits, model(**batch("llama")).logits)
+    with pytest.raises(ValueError, match="rounding is not low-rank"):
+        pk.save_adapter(model, tmp_path / "plain", plain_lora=True)
+
+
+@pytest.mark.parametrize("method", ["dora", "embedding", "ia3", "bias"])
+def test_meta_models_can_be_patched(method: str) -> None:
+    with torch.device("meta"):
+        model = build("llama")
+    handle = pk.patch(model, METHODS[method]())
+    assert all(p.is_meta for p in model.parameters())
+    handle.unpatch()
 
 
 def test_a_changed_base_leaves_tied_weights_alone() -> None:

@@ -21,7 +21,7 @@ from peftkern.hf.methods.lora import LoRAConfig
 from peftkern.hf.targets import Site, by_pattern, explicit_targets
 from peftkern.nn.embedding import LoRAEmbedding
 from peftkern.nn.lora import LoRALinear
-from peftkern.nn.lora_init import changes_base, is_reproducible
+from peftkern.nn.lora_init import changes_base, check_loftq, is_reproducible
 from peftkern.nn.structure import is_dense_linear
 
 PEFT_TYPE = "LORA"
@@ -181,7 +181,7 @@ def to_fields(
         ),
         init_lora_weights=config.init_lora_weights,
         layers_pattern=plain(written.layers_pattern),
-        loftq_config=dict(config.loftq_config) if config.init_lora_weights == "loftq" else {},
+        loftq_config=_loftq_fields(config),
         layers_to_transform=plain(written.layers_to_transform),
         lora_alpha=config.lora_alpha,
         lora_bias=config.lora_bias,
@@ -345,6 +345,14 @@ def _layers(sites: Sequence[Site], adapter_name: str) -> dict[str, LoRALinear | 
         if isinstance(site.module, LoRALinear | LoRAEmbedding)
         and adapter_name in site.module.adapter_names
     }
+
+
+def _loftq_fields(config: LoRAConfig) -> dict[str, int]:
+    """PEFT insists on bits and rounds; where the base is quantized, the bits are its own."""
+    if config.init_lora_weights != "loftq":
+        return {}
+    bits = {} if config.quantize is None else {"loftq_bits": 8 if config.quantize == "int8" else 4}
+    return check_loftq({**config.loftq_config, **bits})
 
 
 def _loftq(fields: dict[str, Any]) -> dict[str, int]:

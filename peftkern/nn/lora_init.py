@@ -209,7 +209,8 @@ def _loftq(
         if isinstance(base, QuantizedLinear):
             rounded = base.dequantize(torch.float32)
         else:
-            q = quantize_4bit(rest) if config["loftq_bits"] == 4 else quantize_8bit(rest)
+            four = config["loftq_bits"] == 4
+            q = quantize_4bit(rest, double_quant=False) if four else quantize_8bit(rest)
             rounded = q.dequantize(torch.float32)
             base = _with_weight(layer, rounded)
         u, s, vh = torch.linalg.svd(weight - rounded, full_matrices=False)
