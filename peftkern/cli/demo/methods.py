@@ -30,6 +30,9 @@ class Method:
             on; None trains every weight.
         weight_decay: of its parameters.
         load: options of `peftkern.load_adapter` that the adapter's files do not hold.
+        format: of `peftkern.save_adapter`.
+        part: what `peftkern.patch` is given, where that must be a transformers model; the head then
+            trains and is saved beside it. Empty: the whole classifier.
         small: why it may stay near the linear probe in so short a run; empty: it must beat it.
     """
 
@@ -41,6 +44,8 @@ class Method:
     weight_decay: float = 0.0
     load: dict[str, Any] = field(default_factory=dict)
     small: str = ""
+    format: str = "peft"
+    part: str = ""
 
 
 def _lora(**options: Any) -> Callable[[nn.Module, Tokenized], Any]:
@@ -52,6 +57,33 @@ def _lora(**options: Any) -> Callable[[nn.Module, Tokenized], Any]:
         )
 
     return make
+
+
+def _bottleneck(preset: str, **options: Any) -> Callable[[nn.Module, Tokenized], Any]:
+    def make(model: nn.Module, train: Tokenized) -> Any:
+        import peftkern as pk
+
+        return pk.BottleneckConfig.preset(preset, modules_to_save=[HEAD], **options)
+
+    return make
+
+
+def _ia3(model: nn.Module, train: Tokenized) -> Any:
+    import peftkern as pk
+
+    return pk.IA3Config(target_modules="all-linear", modules_to_save=[HEAD])
+
+
+def _prefix(model: nn.Module, train: Tokenized) -> Any:
+    import peftkern as pk
+
+    return pk.PrefixTuningConfig(num_virtual_tokens=20)
+
+
+def _prompt(model: nn.Module, train: Tokenized) -> Any:
+    import peftkern as pk
+
+    return pk.PromptTuningConfig(num_virtual_tokens=20, prompt_tuning_init="SAMPLE_VOCAB")
 
 
 METHODS: dict[str, Method] = {
@@ -87,6 +119,56 @@ METHODS: dict[str, Method] = {
             lr=1e-3,
             config=_lora(quantize="int8"),
             load={"quantize": "int8"},
+        ),
+        Method(
+            key="dora",
+            title="DoRA",
+            summary="rank 8 on every linear layer, direction and magnitude apart",
+            lr=1e-3,
+            config=_lora(use_dora=True),
+        ),
+        Method(
+            key="houlsby",
+            title="Adapters, Houlsby",
+            summary="bottlenecks of a sixteenth of the width after attention and feed-forward",
+            lr=1e-3,
+            config=_bottleneck("houlsby"),
+            format="adapterhub",
+        ),
+        Method(
+            key="pfeiffer",
+            title="Adapters, Pfeiffer",
+            summary="bottlenecks of a sixteenth of the width after the feed-forward, NF4 base",
+            lr=2e-3,
+            config=_bottleneck("pfeiffer", quantize="nf4"),
+            load={"quantize": "nf4"},
+            format="adapterhub",
+        ),
+        Method(
+            key="ia3",
+            title="(IA)³",
+            summary="one learned factor for each output of every linear layer",
+            lr=1e-2,
+            config=_ia3,
+            small="it trains too few numbers for one short epoch",
+        ),
+        Method(
+            key="prefix",
+            title="Prefix tuning",
+            summary="20 trained keys and values in front of every attention layer",
+            lr=1e-2,
+            config=_prefix,
+            part="encoder",
+            small="it trains too few numbers for one short epoch",
+        ),
+        Method(
+            key="prompt",
+            title="Prompt tuning",
+            summary="20 trained embeddings in front of every text",
+            lr=1e-1,
+            config=_prompt,
+            part="encoder",
+            small="it trains too few numbers for one short epoch",
         ),
     )
 }

@@ -81,7 +81,8 @@ class TextClassifier(nn.Module):
     def features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Mean of the hidden states of the real tokens: [batch, hidden], float32."""
         output = self.encoder(input_ids=input_ids, attention_mask=attention_mask)
-        hidden = output.last_hidden_state.float()
+        # A soft prompt stands in front of the text; only the text is pooled.
+        hidden = output.last_hidden_state[:, -attention_mask.shape[1] :].float()
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
         return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1.0)
 

@@ -263,7 +263,7 @@ def build(
     import peftkern as pk
 
     torch.manual_seed(spec.seed)  # the adapters' own initial values
-    handle = pk.patch(model, method.config(model, train))
+    handle = pk.patch(model.get_submodule(method.part), method.config(model, train))
     return model, str(handle.report())
 
 
@@ -350,13 +350,17 @@ def _save(method: Method, model: TextClassifier, output: Path) -> list[Path]:
     else:
         import peftkern as pk
 
-        pk.save_adapter(model, output)
+        pk.save_adapter(model.get_submodule(method.part), output, format=method.format)
+        if method.part:
+            head = model.classifier
+            save_head(output / HEAD_FILE, head.weight.detach(), head.bias.detach())
     return sorted(file for file in output.iterdir() if file.is_file())
 
 
 def _reload(spec: Spec, method: Method, labels: int, output: Path) -> TextClassifier:
     """A fresh model with what was saved: all that the checkpoint needs is the pretrained model."""
-    model = load_classifier(spec.model, labels, spec.seed)
+    head = output / HEAD_FILE if method.part else None
+    model = load_classifier(spec.model, labels, spec.seed, head)
     if method.config is None:
         from safetensors.torch import load_model
 
@@ -364,7 +368,7 @@ def _reload(spec: Spec, method: Method, labels: int, output: Path) -> TextClassi
     else:
         import peftkern as pk
 
-        pk.load_adapter(model, output, **method.load)
+        pk.load_adapter(model.get_submodule(method.part), output, **method.load)
     return model
 
 
