@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from peftkern.cli.demo.model import Tokenized
 
 HEAD = "classifier"
+SCORED_TEXTS = 160  # that importance scores look at
 
 # Peak learning rate of the head that every method trains beside its own parameters.
 HEAD_LR = 1e-3
@@ -86,6 +87,22 @@ def _prompt(model: nn.Module, train: Tokenized) -> Any:
     return pk.PromptTuningConfig(num_virtual_tokens=20, prompt_tuning_init="SAMPLE_VOCAB")
 
 
+def _sparse(model: nn.Module, train: Tokenized) -> Any:
+    from torch.nn.functional import cross_entropy
+
+    import peftkern as pk
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        ids, mask, labels = batch
+        return cross_entropy(model(ids, mask), labels)
+
+    rows = range(0, len(train.ids), max(1, len(train.ids) // SCORED_TEXTS))
+    loader = [train.batch(rows[i : i + 16]) for i in range(0, len(rows), 16)]
+    scores = pk.importance(model, loader, score="taylor", loss_fn=loss, exclude_modules=[HEAD])
+    chosen = pk.top_k(scores, density=0.01)
+    return pk.SparseDeltaConfig(selection=chosen, modules_to_save=[HEAD])
+
+
 METHODS: dict[str, Method] = {
     method.key: method
     for method in (
@@ -143,6 +160,13 @@ METHODS: dict[str, Method] = {
             config=_bottleneck("pfeiffer", quantize="nf4"),
             load={"quantize": "nf4"},
             format="adapterhub",
+        ),
+        Method(
+            key="sparse",
+            title="Sparse delta",
+            summary="1 % of the weights, those with the highest Taylor scores on the texts",
+            lr=1e-3,
+            config=_sparse,
         ),
         Method(
             key="ia3",
