@@ -206,6 +206,16 @@ def test_rows_compile_without_breaks() -> None:
         torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_kinds_that_cannot_differ_by_row_are_named() -> None:
+    model = with_adapters("llama", ["one"]).eval()
+    pk.patch(model, pk.PrefixTuningConfig(num_virtual_tokens=2), adapter_name="two")
+    data = batch("llama", rows=2)
+    with pytest.raises(ValueError, match="adapter 'two', which cannot differ from row to row"):
+        model(**data, adapter_names=["one", "two"])
+    pk.set_adapter(model, "one")
+    model(**data, adapter_names=["one", "__base__"])
+
+
 def test_wrong_rows_are_named_and_nothing_stays() -> None:
     model = build("llama")
     before = snapshot(model)
