@@ -33,7 +33,17 @@ LORA_ROWS = {"quick": (32,), "standard": (32, 512), "full": (32, 512)}
 LORA_RANKS = {"quick": (16,), "standard": (16,), "full": (8, 16, 64)}
 
 # What an op's contract may name in OpSpec.bench; --bench-op picks the cells of an op by them.
-FAMILIES = ("linear", "lora", "quantize", "dequantize", "optimizer")
+FAMILIES = (
+    "linear",
+    "lora",
+    "lora_group",
+    "lora_mlp",
+    "multi_lora",
+    "dora",
+    "quantize",
+    "dequantize",
+    "optimizer",
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
