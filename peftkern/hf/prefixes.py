@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from peftkern.functional.prefix import prefix_attention
 from peftkern.hf.prompts import arguments_by_name
-from peftkern.nn.prefix import PrefixTuning
+from peftkern.nn.prefix import PREFIX_LINK, PrefixTuning
 
 NAME = "peftkern_prefix"
-_LINK = "_peftkern_prefix"
 
 # Families whose positions are counted 0, 1, 2, ... from the cache's length when none are given;
 # read in transformers 5.23. Elsewhere an offset would mean something else.
@@ -69,7 +68,7 @@ def attention(
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    link: PrefixLink | None = module.__dict__.get(_LINK)
+    link: PrefixLink | None = module.__dict__.get(PREFIX_LINK)
     if link is None or link.layer.active_prefix is None:  # cross attention has no prefix
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **options
@@ -169,14 +168,14 @@ class ModelPrefix(PrefixTuning):
             # PEFT doubles the table for encoder-decoder models and cuts it by fours: its layer l
             # reads the keys and values of layer 2 l of the table, from its start again at the end.
             place = 2 * index % self.num_layers if bias is not None else index
-            module.__dict__[_LINK] = PrefixLink(self, place, bias)
+            module.__dict__[PREFIX_LINK] = PrefixLink(self, place, bias)
         hook = backbone.register_forward_pre_hook(self._before, with_kwargs=True)
         self._changed()
 
         def detach() -> None:
             hook.remove()
             for module in attentions:
-                module.__dict__.pop(_LINK, None)
+                module.__dict__.pop(PREFIX_LINK, None)
             for config, name in self._configs:
                 config._attn_implementation_internal = name
             self._configs = []

@@ -11,6 +11,7 @@ from torch import nn
 
 from peftkern import registry
 from peftkern.nn.adapter import TORCH, AdapterLayer
+from peftkern.nn.prefix import PREFIX_LINK
 from peftkern.nn.quantized import QuantizedLinear
 
 
@@ -133,6 +134,9 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 
 def serving_kernel(module: nn.Module, adapter_name: str) -> str:
     """Which backend serves a module on its device and dtype, and why not a faster one."""
+    link = module.__dict__.get(PREFIX_LINK)
+    if link is not None:
+        return serving_kernel(link.layer, adapter_name)
     if isinstance(module, AdapterLayer):
         if adapter_name not in module.adapter_names:
             base = getattr(module, "base_layer", None)

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from peftkern.functional.prefix import prefix_attention
 from peftkern.nn.adapter import AdapterLayer
 
+# Where an attention module of a patched model keeps which prefix it uses.
+PREFIX_LINK = "_peftkern_prefix"
+
 
 class PrefixEncoder(nn.Module):
     """One adapter's prefix: a table, or a smaller one with PEFT's two-layer MLP behind it.
