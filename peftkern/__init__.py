@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         unpatch,
     )
     from peftkern.hf.accelerate import accelerate
+    from peftkern.hf.quantizer import INT8Config, NF4Config
     from peftkern.hf.trainer import PeftkernCallback
     from peftkern.hf.verify import verify
     from peftkern.hf.watchdog import GradientWatchdog
@@ -64,6 +65,8 @@ _LAZY = {
     "plan": "peftkern.memory",
     "verify": "peftkern.hf.verify",
     "GradientWatchdog": "peftkern.hf.watchdog",
+    "INT8Config": "peftkern.hf.quantizer",
+    "NF4Config": "peftkern.hf.quantizer",
     "PeftkernCallback": "peftkern.hf.trainer",
     "patch": "peftkern.hf",
     "unpatch": "peftkern.hf",
@@ -83,7 +86,9 @@ __all__ = [
     "BottleneckConfig",
     "GradientWatchdog",
     "IA3Config",
+    "INT8Config",
     "LoRAConfig",
+    "NF4Config",
     "PeftkernCallback",
     "PrefixTuningConfig",
     "PromptTuningConfig",

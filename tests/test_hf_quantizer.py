@@ -1,0 +1,129 @@
+"""from_pretrained into our quantized layers: the bytes of quantizing by hand, saved and loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import peftkern as pk
+from peftkern.nn.quantized import QuantizedLinear
+
+transformers = pytest.importorskip("transformers")
+from hf_models import KINDS, PEFT_WARNINGS, batch, build, randomize_adapters  # noqa: E402
+
+pytestmark = [pytest.mark.hf, *PEFT_WARNINGS]
+
+
+def same_state(a: Any, b: Any) -> None:
+    left, right = a.state_dict(), b.state_dict()
+    assert list(left) == list(right)
+    for name, tensor in left.items():
+        assert tensor.dtype == right[name].dtype, name
+        assert torch.equal(tensor, right[name]), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("quant", ["nf4", "nf4 single", "int8"])
+def test_bytes_and_round_trip(kind: str, quant: str, tmp_path: Path) -> None:
+    source = build(kind)
+    source.save_pretrained(tmp_path / "dense", max_shard_size="100KB")
+    config = pk.INT8Config() if quant == "int8" else pk.NF4Config(double_quant=quant == "nf4")
+    model = type(source).from_pretrained(tmp_path / "dense", quantization_config=config)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    assert len(layers) == {"gpt2": 8, "llama": 14, "bert": 13}[kind]
+    assert "classifier" not in layers
+    assert "lm_head" not in layers
+    for name, layer in layers.items():
+        original = source.get_submodule(name).weight.detach()
+        wanted = layer.requantize(original.T.contiguous() if kind == "gpt2" else original)
+        for mine, hand in zip(layer.quantized.tensors(), wanted.tensors(), strict=True):
+            assert torch.equal(mine, hand), name
+            assert not mine.requires_grad
+    model.save_pretrained(tmp_path / "small")
+    saved = json.loads((tmp_path / "small" / "config.json").read_text())["quantization_config"]
+    assert saved["quant_method"] == "peftkern"
+    again = type(source).from_pretrained(tmp_path / "small")
+    same_state(model, again)
+    again.save_pretrained(tmp_path / "smaller")
+    same_state(model, type(source).from_pretrained(tmp_path / "smaller"))
+    with torch.no_grad():
+        first, second = model(**batch(kind)).logits, again(**batch(kind)).logits
+    assert torch.equal(first, second)
+
+
+def test_statistics_stay_fp32_in_a_half_precision_model(tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=pk.NF4Config(double_quant=False), dtype=torch.bfloat16
+    )
+    layer = model.model.layers[0].mlp.up_proj
+    assert layer.absmax.dtype == torch.float32
+    assert layer.quant_dtype == torch.bfloat16
+    assert model(**batch("llama")).logits.dtype == torch.bfloat16
+
+
+def test_adapters_train_over_it(tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=pk.NF4Config()
+    )
+    assert model.hf_quantizer.is_trainable
+    assert not model.hf_quantizer.is_qat_trainable
+    handle = pk.patch(model, pk.LoRAConfig(r=4))
+    assert model.hf_quantizer.is_qat_trainable  # so that Trainer takes it
+    assert handle.report().rows[0].format == "nf4"
+    randomize_adapters(model)
+    report = handle.verify(batch("llama"))
+    assert report.ok, str(report)
+
+
+def test_peft_over_it(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    build("llama").save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=pk.NF4Config()
+    )
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
+    handle = pk.accelerate(wrapped)
+    wrapped(**batch("llama")).loss.backward()
+    assert handle.report().fast_calls == 14
+
+
+def test_weights_that_a_model_reads_itself_stay_dense(tmp_path: Path) -> None:
+    config = transformers.T5Config(
+        vocab_size=64,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=1,
+        num_heads=4,
+        decoder_start_token_id=0,
+    )
+    source = transformers.T5ForConditionalGeneration(config).eval()
+    source.save_pretrained(tmp_path)
+    model = transformers.T5ForConditionalGeneration.from_pretrained(
+        tmp_path, quantization_config=pk.INT8Config()
+    ).eval()
+    kinds = {n.rsplit(".")[-1]: isinstance(m, QuantizedLinear) for n, m in model.named_modules()}
+    assert kinds["wi"]
+    assert kinds["q"]
+    assert not kinds["wo"]  # T5 casts its activations to the dtype of this weight
+    given = {"input_ids": torch.arange(1, 9)[None], "labels": torch.arange(1, 9)[None]}
+    with torch.no_grad():
+        got, want = model(**given).logits, source(**given).logits
+    assert torch.linalg.vector_norm(got - want) < 0.05 * torch.linalg.vector_norm(want)
+
+
+def test_unknown_settings() -> None:
+    with pytest.raises(ValueError, match=r"blocksize: got 48"):
+        pk.NF4Config(blocksize=48)
+    from peftkern.hf.quantizer import PeftkernConfig
+
+    with pytest.raises(ValueError, match=r"quant_type: got 'nf3'"):
+        PeftkernConfig("nf3")
+    with pytest.raises(ValueError, match=r"unknown fields: group"):
+        PeftkernConfig(group=3)
