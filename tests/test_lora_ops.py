@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,10 @@ import torch
 from torch import Tensor
 
 import peftkern as pk
-from peftkern import native
+from peftkern import native, registry
 from peftkern.ops.dropout.reference import philox_dropout
 from peftkern.quant import quantize
-from peftkern.testing import assert_error_rule, assert_same_bits
+from peftkern.testing import assert_error_rule, assert_same_bits, tensors_of
 
 F = pk.functional
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -513,3 +514,22 @@ def test_errors_name_the_argument() -> None:
 
 def _ids(rows: int) -> Tensor:
     return torch.zeros(rows, dtype=torch.int64)
+
+
+@pytest.mark.skipif(not native.available(), reason=str(native.reason()))
+def test_16_bit_bases_that_torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of processors that multiply bf16, on any processor."""
+    families = ("lora_group", "multi_lora", "dora")
+    for family in families:
+        module = importlib.import_module(f"peftkern.ops.{family}.cpu")
+        monkeypatch.setattr(module, "base_by_torch", lambda dtype: True)
+    for op in ("lora_linear_group", "multi_lora_linear", "dora_linear"):
+        for name in (op, f"{op}_backward"):
+            spec = registry.specs()[name]
+            (row,) = [r for r in registry.implementations(name) if r.backend == "native"]
+            for sample in spec.samples(torch.bfloat16):
+                truth = tensors_of(spec.reference(*sample.args, compute=torch.float64))
+                plain = tensors_of(spec.baseline(*sample.args)) if spec.baseline else []
+                got = tensors_of(row.fn(*sample.args))
+                for g, t, e in zip(got, truth, plain, strict=True):
+                    assert_error_rule(g, t, e, spec.factor, f"{name} {sample.name}")
