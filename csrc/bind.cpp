@@ -311,6 +311,7 @@ PYBIND11_MODULE(_C, m) {
     pk::bind_openmp();
     bind_pages(m);
     bind_dora(m);
+    bind_gated(m);
     bind_lora_group(m);
     bind_multi_lora(m);
     bind_sparse(m);

@@ -328,6 +328,20 @@ struct ColumnDots {
     int threads;
 };
 
+// h = act(gate) up; where dh is given, also dgate = dh up act'(gate) and dup = dh act(gate).
+struct Gated {
+    const void* dh;
+    const void* gate;
+    const void* up;
+    int dtype; // of all
+    int64_t numel;
+    int activation;
+    void* h;
+    void* dgate;
+    void* dup;
+    int threads;
+};
+
 struct Kernels {
     const char* name;
     int (*product)(const Product&);
@@ -346,6 +360,7 @@ struct Kernels {
     int (*row_squares)(const RowSquares&);
     int (*dora_norm)(const DoraNorm&);
     int (*column_dots)(const ColumnDots&);
+    int (*gated)(const Gated&);
 };
 
 } // namespace pk

@@ -16,6 +16,7 @@
 #include "sparse.inl.h"
 #include "prefix.inl.h"
 #include "dora.inl.h"
+#include "gated.inl.h"
 
 namespace pk {
 
@@ -38,6 +39,7 @@ const Kernels PK_KERNELS = {
     PK_ISA::row_squares,
     PK_ISA::dora_norm,
     PK_ISA::column_dots,
+    PK_ISA::gated,
 };
 
 } // namespace pk
