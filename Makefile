@@ -108,8 +108,12 @@ bench: $(STAMP)-bench ## kernels against their peers and the hardware's floor
 bench-quick: $(STAMP)-bench ## the same on few shapes, under 5 minutes
 	$(BENCH) --bench-level=quick $(ARGS)
 
-aot-report: $(STAMP)-test ## registers, spills and instructions of the Triton kernels
-	$(PY) -m bench.gpu.aot_report $(ARGS)
+# Another Triton goes into a folder of its own, found before the one of the virtual environment.
+AOT_TRITON = $(if $(TRITON),build/triton-$(TRITON))
+aot-report: $(STAMP)-test ## registers, spills, instructions of the Triton kernels (TRITON=3.9.0)
+	@$(if $(TRITON),[ -d $(AOT_TRITON)/triton ] || $(PY) -m pip install --disable-pip-version-check \
+	  -q --no-deps --target $(AOT_TRITON) triton==$(TRITON))
+	PYTHONPATH=$(AOT_TRITON) $(PY) -m bench.gpu.aot_report $(ARGS)
 
 # Where PYTHON already has what the run needs it is used as it is, without network: a machine with a
 # GPU often comes with its own torch. Elsewhere the virtual environment of the tests serves.

@@ -280,15 +280,11 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compact", ["nf4", "int8"])
-@pytest.mark.parametrize("method", ["lora", "sparse", "prompt", "bottleneck"])
+@pytest.mark.parametrize("method", ["lora", "sparse", "prompt"])
 def test_compact_checkpoints(compact: str, method: str, tmp_path: Path) -> None:
     model = build("bert")
     if method == "lora":
         pk.patch(model, pk.LoRAConfig(r=8, modules_to_save=["classifier"]))
-    elif method == "bottleneck":
-        pk.patch(model, pk.BottleneckConfig.preset("houlsby", reduction_factor=4))
-        with pytest.raises(ValueError, match="cannot be written in PEFT's format"):
-            pk.save_adapter(model, tmp_path)
     elif method == "prompt":
         pk.patch(model, pk.PromptTuningConfig(num_virtual_tokens=10))
     else:
@@ -314,7 +310,7 @@ def test_compact_checkpoints(compact: str, method: str, tmp_path: Path) -> None:
         got, want = theirs[name].detach(), parameter.detach()
         error = float((got - want).norm() / want.norm())
         worst = max(worst, error)
-        if parameter.numel() < storage.SMALL or (method != "sparse" and parameter.dim() < 2):
+        if parameter.numel() < storage.SMALL or (method == "lora" and parameter.dim() < 2):
             assert_same_bits(got, want, name)
     assert worst == pytest.approx(report.max_error, rel=1e-4)
     # What was loaded is stored again without a further loss.

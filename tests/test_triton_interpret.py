@@ -25,6 +25,9 @@ from peftkern.testing import assert_error_rule, assert_same_bits, map_tensors, t
 pytest.importorskip("triton")
 
 _ROOT = str(Path(__file__).parents[1])
+# Families that also run in the least tiles, and others that take more than a few seconds.
+_TILED = ("lora", "bottleneck", "prefix", "multi_lora")
+_LONG = ("lora_group", "gated")
 
 
 def _implementations() -> dict[str, registry.Implementation]:
@@ -102,7 +105,7 @@ def _run_family(family: str, dtypes: tuple[torch.dtype, ...] | None) -> dict[str
         if _family(row) != family:
             continue
         spec = registry.specs()[name]
-        for dtype in dtypes or spec.dtypes:
+        for dtype in dtypes or _dtypes(name, family):
             failures, ran = [], 0
             for i, sample in enumerate(spec.samples(dtype)):
                 args = map_tensors(_shifted, sample.args) if i % 2 else sample.args
@@ -132,9 +135,19 @@ def _report(family: str, tiles: str = "") -> dict[str, dict[str, Any]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _cells() -> list[tuple[str, str]]:
-    specs = registry.specs()
-    return [(name, str(d)) for name in _implementations() for d in specs[name].dtypes]
+def _dtypes(name: str, family: str) -> list[torch.dtype]:
+    """Those of the op; where small tiles run as well, they take fp16 over."""
+    known = registry.specs()[name].dtypes
+    return [d for d in known if family not in _TILED or d != torch.float16]
+
+
+def _cells() -> list[Any]:
+    cells = []
+    for name, row in _implementations().items():
+        family = _family(row)
+        marks = (pytest.mark.slow,) if family in _TILED + _LONG else ()
+        cells += [pytest.param(name, str(d), marks=marks) for d in _dtypes(name, family)]
+    return cells
 
 
 @pytest.mark.parametrize(("name", "dtype"), _cells())
@@ -143,9 +156,6 @@ def test_matches_reference(name: str, dtype: str) -> None:
     cell = report.get("", {}) or report[f"{name} {dtype}"]
     assert not cell["failures"], "\n".join(cell["failures"])
     assert cell["ran"] >= 5
-
-
-_TILED = ("lora", "bottleneck", "prefix", "multi_lora", "lora_group", "linear4", "sparse_delta")
 
 
 @pytest.mark.slow

@@ -102,10 +102,51 @@ def _bottleneck_calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield "bottleneck_adapter_backward", what, (dy, x, *weights, *tail, True, True, True)
 
 
+def _gated_calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    for act in ("silu", "gelu", "gelu_tanh"):
+        gate, up, dh = (_meta(4096, 14336) for _ in range(3))
+        yield "gated_activation", act, (gate, up, act)
+        yield "gated_activation_backward", act, (dh, gate, up, act)
+
+
+def _prefix_calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    seed = _meta(1, dtype=torch.int64)
+    for d, dtype, causal, masked, p in (
+        (128, _BF16, True, False, 0.0),
+        (64, _BF16, True, False, 0.1),
+        (64, _BF16, False, True, 0.0),
+        (128, _BF16, True, True, 0.0),
+        (256, _BF16, True, False, 0.0),
+        (64, _FP32, True, False, 0.0),
+    ):
+        q, dout, out = (_meta(4, 2048, 32, d, dtype=dtype).transpose(1, 2) for _ in range(3))
+        k, v = (_meta(4, 2048, 8, d, dtype=dtype).transpose(1, 2) for _ in range(2))
+        pk, pv = (_meta(8, 64, d, dtype=_FP32) for _ in range(2))
+        mask = _meta(4, 1, 1, 2048, dtype=torch.bool) if masked else None
+        what = f"d{d} {str(dtype).removeprefix('torch.')}" + " causal" * causal + " mask" * masked
+        tail = (mask, causal, d**-0.5, p, seed if p else None)
+        yield "prefix_attention", what, (q, k, v, pk, pv, *tail)
+        lse = _meta(4, 32, 2048, dtype=_FP32)
+        saved = (dout, q, k, v, pk, pv, out, lse)
+        yield "prefix_attention_backward", what, (*saved, *tail, True, True)
+
+
+def _multi_lora_calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    m, ids, base = 4096, _meta(4096, dtype=torch.int64), _base("nf4", 64, True)
+    a = [_meta(16, _K, dtype=_FP32) for _ in range(4)]
+    b = [_meta(_N, 16, dtype=_FP32) for _ in range(4)]
+    tail = (ids, a, b, [2.0] * 4, [0.0] * 4, None)
+    yield "multi_lora_linear", "4 adapters", (_meta(m, _K), *base, _N, None, *tail)
+    s = _meta(m, 16, dtype=_FP32)
+    saved = (_meta(m, _N), _meta(m, _K), s)
+    yield "multi_lora_linear_backward", "4 adapters", (*saved, *base, *tail, True, True)
+
+
 def launches() -> list[tuple[str, Launch]]:
     """(op and what is special, launch), each kernel and configuration once."""
     found: dict[tuple[Any, ...], tuple[str, Launch]] = {}
-    for op, what, args in (*_calls(), *_bottleneck_calls()):
+    families = (_calls, _bottleneck_calls, _gated_calls, _prefix_calls, _multi_lora_calls)
+    for op, what, args in (call for family in families for call in family()):
         row = next(r for r in registry.implementations(op, "cuda") if r.backend == "triton")
         with recording() as recorded, torch.no_grad():
             row.fn(*args)

@@ -31,22 +31,16 @@ _KINDS = {
     "PREFIX_TUNING": "prefix",
     "PROMPT_TUNING": "prompt",
     "PEFTKERN_SPARSE_DELTA": "sparse_delta",
-    "PEFTKERN_BOTTLENECK": "bottleneck",
 }
-_COMPACT_ONLY = ("bottleneck",)  # whose plain files have a layout of their own
 
 
-def codec_of(kind: str, compact: bool = False) -> ModuleType:
+def codec_of(kind: str) -> ModuleType:
     """The codec of a method of this library.
 
-    Args:
-        kind: the method.
-        compact: whether a compact file is meant, which PEFT need not read.
-
     Raises:
-        ValueError: such files cannot hold this method.
+        ValueError: PEFT's files cannot hold this method.
     """
-    if kind not in _KINDS.values() or (kind in _COMPACT_ONLY and not compact):
+    if kind not in _KINDS.values():
         raise ValueError(f"format: {kind} adapters cannot be written in PEFT's format")
     return importlib.import_module(f"peftkern.checkpoint.peft_{kind}")
 
@@ -58,9 +52,9 @@ def codec_for(peft_type: object, where: str) -> ModuleType:
         ValueError: this type is not computed here.
     """
     if peft_type not in _KINDS:
-        known = ", ".join(repr(name) for name in _KINDS if "PEFTKERN" not in name)
+        known = ", ".join(repr(name) for name in _KINDS)
         raise ValueError(
             f"{where}: peft_type is {peft_type!r}; this version reads {known} "
             f"(as PEFT {PEFT_VERSION} writes them)"
         )
-    return codec_of(_KINDS[str(peft_type)], compact=True)
+    return codec_of(_KINDS[str(peft_type)])

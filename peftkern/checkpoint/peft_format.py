@@ -101,7 +101,7 @@ def save_adapter(
             raise NotADirectoryError(f"path: {folder} is a file, expected a directory")
         folder.mkdir(parents=True, exist_ok=True)
         config = handle.adapters[name].config
-        codec = codec_of(config.kind, compact is not None)
+        codec = codec_of(config.kind)
         fields = codec.to_fields(config, model, sites, name)
         held = adapter_tensors(codec, model, sites, name)
         if plain_lora:

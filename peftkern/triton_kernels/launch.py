@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -110,6 +110,23 @@ def recording() -> Iterator[list[Launch]]:
         yield launches
     finally:
         _RECORDERS.pop()
+
+
+_CONSTANTS: dict[tuple[tuple[float, ...], torch.dtype, torch.device], Tensor] = {}
+_MOST_CONSTANTS = 512
+
+
+def constant(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A small tensor of these values on ``device``, copied there once; see :func:`table`."""
+    key = (tuple(values), dtype, device)
+    if key in _CONSTANTS:
+        return _CONSTANTS[key]
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.cat([torch.full((1,), v, dtype=dtype, device=device) for v in values])
+    while len(_CONSTANTS) >= _MOST_CONSTANTS:  # values that change with each step, say
+        _CONSTANTS.pop(next(iter(_CONSTANTS)))
+    _CONSTANTS[key] = torch.tensor(values, dtype=dtype).to(device)
+    return _CONSTANTS[key]
 
 
 _TABLES: dict[tuple[str, torch.device], Tensor] = {}

@@ -101,8 +101,12 @@ def _fused_config(
         config = measured.config
     if config is None or (base.blocksize and config.group > base.blocksize):
         return None
-    if low_rank is not None and low_rank.up.dtype == torch.float32 and low_rank.s.shape[1] > 16:
-        # Beside 128 rows, fp32 products in several blocks of ranks spill on capability 8.0.
+    if (
+        low_rank is not None
+        and low_rank.up.dtype == torch.float32
+        and (low_rank.s.shape[1] > 16 or low_rank.dropout.seed is not None)
+    ):
+        # Beside 128 rows, fp32 products in several blocks of ranks, or a mask, spill on 8.0.
         config = replace(config, block_m=min(config.block_m, 64))
     if measured is not None:
         return config
@@ -143,7 +147,7 @@ def unfused(
     w = base.dense(x.dtype)
     out = x @ w if transposed else torch.nn.functional.linear(x, w, bias)
     if low_rank is not None:
-        _finish(out[None], out, None, low_rank)
+        finish(out[None], out, None, low_rank)
     return out
 
 
@@ -206,7 +210,7 @@ def fused(
         enable_fp_fusion=False,
     )
     if split:
-        _finish(target, out, bias, low_rank)
+        finish(target, out, bias, low_rank)
     return out
 
 
@@ -234,7 +238,7 @@ def _term_arguments(low_rank: LowRank | None) -> _Term:
     return _Term(pointers, rank, scalars, block_r, precision, dropout.seed is not None)
 
 
-def _finish(parts: Tensor, out: Tensor, bias: Tensor | None, low_rank: LowRank | None) -> None:
+def finish(parts: Tensor, out: Tensor, bias: Tensor | None, low_rank: LowRank | None) -> None:
     """out = the sum of ``parts`` [P, M, O] in order, plus bias and low-rank term."""
     from peftkern.triton_kernels import linear
 

@@ -130,10 +130,11 @@ def _rank_block(rank: int) -> int:
 def shrink_config(m: int, contracted: int, rank: int) -> RankConfig:
     """Tiles of ``S = x Aᵀ``: rows of x times ranks, the contracted length in parts."""
     block_r = _rank_block(rank)
-    # 64 rows times 64 ranks spill on compute capability 8.0 where fp32 operands are split.
+    # 64 ranks spill where fp32 operands are split, unless more warps share the tile.
     block_m = 16 if m <= 16 else 32 if m <= 32 or block_r == 64 else 64
+    warps = 8 if block_r == 64 and block_m > 16 else 4
     split = max(1, min(16, contracted // 256)) if m <= 64 else max(1, min(8, contracted // 1024))
-    return RankConfig(block_m, 64, block_r, split, 4, 3)
+    return RankConfig(block_m, 64, block_r, split, warps, 3)
 
 
 def adapter_gradient_config(m: int, features: int, rank: int) -> RankConfig:
@@ -174,3 +175,15 @@ def expand_config(m: int, rank: int, fp32: bool) -> RankConfig:
     """Tiles of the pass from a bottleneck to output features."""
     block_m = 16 if m <= 16 else 32
     return RankConfig(block_m, 64 if fp32 else 128, 16 if rank <= 16 else 32, 1, 4, 2)
+
+
+def attention_config(depth: int, fp32: bool, backward: bool) -> RankConfig:
+    """Tiles of the attention kernels: queries a step, keys a step, and the padded head."""
+    block_d = max(16, 1 << (depth - 1).bit_length())
+    if fp32:  # products split in three
+        return RankConfig(32, 16 if block_d > 128 else 32, block_d, 1, 8 if block_d > 64 else 4, 1)
+    if backward:
+        tiles = (64, 32) if block_d <= 128 else (32, 32)
+    else:
+        tiles = (128, 64) if block_d <= 128 else (64, 32)
+    return RankConfig(*tiles, block_d, 1, 8, 2)  # 4 warps spill under a mask

@@ -163,8 +163,7 @@ def positions(config: SparseDeltaConfig, path: str, count: int, module: nn.Modul
                 f"model's weight is {(rows, columns)}"
             )
         return found
-    on_meta = next(module.parameters()).device.type == "meta"  # planning memory, without weights
-    if config.pattern == "first" or (on_meta and config.pattern == "magnitude"):
+    if config.pattern == "first":
         return torch.arange(count)
     if config.pattern == "magnitude":
         from peftkern.select.subset import largest

@@ -1,0 +1,314 @@
+"""Attention with a trainable prefix by Triton on an NVIDIA GPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peftkern.registry import implementation
+from peftkern.triton_kernels.launch import interpreting, launch, refusal
+from peftkern.triton_kernels.matmul import Dropout
+from peftkern.triton_kernels.passes import add_parts
+from peftkern.tuning.configs import RankConfig, attention_config
+
+_LARGEST_HEAD = 256
+
+
+def _heads_inside(x: Tensor) -> Tensor:
+    """An empty [B, H, L, D] as the view of a contiguous [B, L, H, D]."""
+    batch, heads, length, depth = x.shape
+    return x.new_empty((batch, length, heads, depth)).transpose(1, 2)
+
+
+def _refusal(q: Tensor, prefix: Tensor) -> str | None:
+    if q.shape[3] > _LARGEST_HEAD:
+        return f"a head of {q.shape[3]}, the kernels take up to {_LARGEST_HEAD}"
+    return refusal(q, q.dtype, prefix.dtype)
+
+
+def _strides(value: Tensor) -> tuple[int, ...]:
+    return value.stride()[:3]
+
+
+def _prefix_stride(prefix: Tensor) -> int:
+    """From one batch row's prefix to the next one's; 0 where they share it."""
+    return prefix.stride(0) if prefix.dim() == 4 else 0
+
+
+def _mask_arguments(
+    attn_mask: Tensor | None,
+) -> tuple[Tensor | None, tuple[int, int, int, int], int]:
+    """Pointer, strides (0 along what is broadcast) and kind of the mask."""
+    if attn_mask is None:
+        return None, (0, 0, 0, 0), 0
+    sizes, steps = attn_mask.shape, attn_mask.stride()
+    b, h, m, n = (0 if size == 1 else step for size, step in zip(sizes, steps, strict=True))
+    if attn_mask.dtype == torch.bool:
+        return attn_mask.view(torch.uint8), (b, h, m, n), 1
+    return attn_mask, (b, h, m, n), 2
+
+
+def _constants(q: Tensor, k: Tensor, prefix: Tensor, dropout: Dropout) -> dict[str, object]:
+    """What all kernels are compiled for."""
+    length = prefix.shape[-2]
+    return {
+        "DROPOUT": dropout.seed is not None,
+        "QUADS": length % 4 == 0 and k.shape[2] % 4 == 0,
+        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "native",
+        "INTERPRET": interpreting(),
+    }
+
+
+def _tiles(config: RankConfig) -> dict[str, int]:
+    return {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_c,
+        "BLOCK_D": config.block_r,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
+def _forward_refusal(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> str | None:
+    return _refusal(q, prefix_k)
+
+
+@implementation("prefix_attention", device="cuda", backend="triton", can_use=_forward_refusal)
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """One launch; the prefix is read as it is stored and never joined to the keys."""
+    from peftkern.triton_kernels import prefix
+
+    batch, heads, queries, depth = q.shape
+    # A few rows: tiles of fp32 masters would take twice the shared memory all along.
+    prefix_k, prefix_v = prefix_k.to(q.dtype), prefix_v.to(q.dtype)
+    out = _heads_inside(q)
+    lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
+    dropout = Dropout.of(dropout_p, seed)
+    mask, mask_strides, kind = _mask_arguments(attn_mask)
+    config = attention_config(depth, q.dtype == torch.float32, False)
+    launch(
+        prefix._prefix_forward_kernel,
+        batch * heads * -(-queries // config.block_m),
+        q,
+        q,
+        k,
+        v,
+        prefix_k,
+        prefix_v,
+        mask,
+        dropout.seed,
+        out,
+        lse,
+        heads,
+        k.shape[1],
+        queries,
+        k.shape[2],
+        prefix_k.shape[-2],
+        depth,
+        *_strides(q),
+        *_strides(k),
+        *_strides(v),
+        _prefix_stride(prefix_k),
+        *mask_strides,
+        float(scale),
+        dropout.threshold,
+        dropout.scale,
+        ATTN=kind,
+        CAUSAL=is_causal,
+        **_constants(q, k, prefix_k, dropout),
+        **_tiles(config),
+    )
+    return out, lse
+
+
+def _backward_refusal(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    need_dqkv: bool,
+    need_dprefix: bool,
+) -> str | None:
+    return _refusal(q, prefix_k)
+
+
+@implementation(
+    "prefix_attention_backward", device="cuda", backend="triton", can_use=_backward_refusal
+)
+def prefix_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    need_dqkv: bool,
+    need_dprefix: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq by rows of queries, dk and dv by rows of keys, the prefix's in parts added in order."""
+    from peftkern.triton_kernels import prefix
+
+    batch, heads, queries, depth = q.shape
+    kv_heads, keys, length = k.shape[1], k.shape[2], prefix_k.shape[-2]
+    dropout = Dropout.of(dropout_p, seed)
+    mask, mask_strides, kind = _mask_arguments(attn_mask)
+    config = attention_config(depth, q.dtype == torch.float32, True)
+    constants = {**_constants(q, k, prefix_k, dropout), **_tiles(config)}
+    delta = torch.empty_like(lse)
+    launch(
+        prefix._prefix_delta_kernel,
+        batch * heads * -(-queries // 64),
+        q,
+        dout,
+        out,
+        delta,
+        heads,
+        queries,
+        depth,
+        *_strides(dout),
+        *_strides(out),
+        BLOCK_M=64,
+        BLOCK_D=config.block_r,
+        INTERPRET=interpreting(),
+        num_warps=4,
+    )
+    masters = prefix_k, prefix_v
+    prefix_k, prefix_v = (p.to(q.dtype) for p in masters)
+    sizes = (heads, kv_heads, queries, keys, length, depth)
+    numbers = (float(scale), dropout.threshold, dropout.scale)
+    dq, dk, dv = (t.new_empty(0) for t in (q, k, v))
+    if need_dqkv:
+        dq, dk, dv = (_heads_inside(t) for t in (q, k, v))
+        launch(
+            prefix._prefix_dq_kernel,
+            batch * heads * -(-queries // config.block_m),
+            q,
+            dout,
+            q,
+            k,
+            v,
+            prefix_k,
+            prefix_v,
+            lse,
+            delta,
+            mask,
+            dropout.seed,
+            dq,
+            *sizes,
+            *_strides(dout),
+            *_strides(q),
+            *_strides(k),
+            *_strides(v),
+            _prefix_stride(prefix_k),
+            *mask_strides,
+            *numbers,
+            ATTN=kind,
+            CAUSAL=is_causal,
+            **constants,
+        )
+        launch(
+            prefix._prefix_dkv_kernel,
+            batch * kv_heads * -(-keys // config.block_c),
+            q,
+            dout,
+            q,
+            k,
+            v,
+            lse,
+            delta,
+            mask if mask is not None else q,
+            dropout.seed,
+            dk,
+            dv,
+            batch,
+            *sizes,
+            *_strides(dout),
+            *_strides(q),
+            *_strides(k),
+            *_strides(v),
+            *mask_strides,
+            *numbers,
+            PREFIX=False,
+            ATTN=kind,
+            CAUSAL=is_causal,
+            **constants,
+        )
+    if not need_dprefix:
+        return dq, dk, dv, masters[0].new_empty(0), masters[1].new_empty(0)
+    group = heads // kv_heads
+    shape = (group, batch, kv_heads, length, depth)
+    parts = [lse.new_empty(shape) for _ in range(2)]
+    one = (_prefix_stride(prefix_k), length * depth, depth)
+    launch(
+        prefix._prefix_dkv_kernel,
+        group * batch * kv_heads * -(-length // config.block_c),
+        q,
+        dout,
+        q,
+        prefix_k,
+        prefix_v,
+        lse,
+        delta,
+        q,
+        dropout.seed,
+        *parts,
+        batch,
+        *sizes,
+        *_strides(dout),
+        *_strides(q),
+        *one,
+        *one,
+        0,
+        0,
+        0,
+        0,
+        *numbers,
+        PREFIX=True,
+        ATTN=0,
+        CAUSAL=False,
+        **constants,
+    )
+    count = group if prefix_k.dim() == 4 else group * batch
+    made = [
+        add_parts(part.view(count, like.numel()), torch.empty_like(like), 1.0)
+        for part, like in zip(parts, masters, strict=True)
+    ]
+    return dq, dk, dv, made[0], made[1]
