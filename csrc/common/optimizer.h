@@ -216,4 +216,48 @@ PK_HD uint8_t entry_code(uint32_t entry, float t) {
     return (uint8_t)((entry + ((bits ^ flip) & 0xffffu)) >> 16);
 }
 
+// The codes again, without look-ups in memory: within a decade of the map thresholds are evenly
+// spaced, so a code is slope * |t| + offset, rounded, up to the decade's last code. Which decade
+// follows from a rough logarithm and one comparison with the threshold that begins it. fp32
+// rounding moves thresholds by less than kSegmentDoubt of a code: where the sum comes nearer to a
+// half than that, the bins above decide.
+constexpr float kSegmentDoubt = 1.0f / 16384;
+constexpr float kSegmentMagic = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer
+constexpr float kSegmentLogScale = 38.0f / 127 / 8388608;
+constexpr float kSegmentLogOffset = kSegmentMagic - 31.0f;
+constexpr float kSegmentSmallest = 1.0f / 4194304; // below it the first segment, whatever the log
+
+struct CodeSegments {
+    alignas(32) float start[8]; // the segment holds |t| > start
+    alignas(32) float slope[8];
+    alignas(32) float offset[8];
+    alignas(32) float last[8];
+};
+
+// `thresholds[k]` lies between codes k and k + 1, counted from zero; segment d > 0 begins with
+// code first << d, less `less`.
+constexpr CodeSegments make_code_segments(const float* thresholds, int first, int less) {
+    CodeSegments s = {};
+    double decade = 0.9e-6;
+    for (int d = 0; d < 7; ++d, decade *= 10.0) {
+        int begin = (first << d) - less, end = (first << (d + 1)) - less;
+        s.start[d] = d == 0 ? -1.0f : thresholds[begin - 1];
+        s.last[d] = (float)(end - 1);
+        double slope = (double)(first << d) / decade;
+        if (d == 0 && first > 1) // zero and the first decade share a segment
+            slope = 1.0 / ((double)thresholds[1] - (double)thresholds[0]);
+        double low = (double)thresholds[d == 0 ? 0 : begin], high = (double)thresholds[end - 2];
+        double center = (d == 0 ? 0.5 : (double)begin + 0.5) + (double)(end - 2) + 0.5;
+        s.slope[d] = (float)slope;
+        s.offset[d] = (float)(0.5 * (center - slope * (low + high)));
+    }
+    int top = (first << 7) - less;
+    s.start[7] = thresholds[top - 1];
+    s.offset[7] = s.last[7] = (float)top;
+    return s;
+}
+
+PK_TABLE CodeSegments kSignedSegments = make_code_segments(kDynamicThresholds + 127, 1, 0);
+PK_TABLE CodeSegments kUnsignedSegments = make_code_segments(kUnsignedThresholds, 2, 1);
+
 } // namespace pk

@@ -4,6 +4,7 @@
 
 #include "../common/codebooks.h"
 #include "../common/convert.h"
+#include "../common/optimizer.h"
 
 #if defined(__GNUC__)
 #define PK_INLINE [[maybe_unused]] static inline __attribute__((always_inline))

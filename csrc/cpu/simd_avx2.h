@@ -22,7 +22,10 @@ struct V {
     PK_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
     PK_INLINE void store(float* p, F x) { _mm256_storeu_ps(p, x); }
     PK_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
+    PK_INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }
     PK_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+    PK_INLINE F div(F a, F b) { return _mm256_div_ps(a, b); }
+    PK_INLINE F sqrt(F a) { return _mm256_sqrt_ps(a); }
     PK_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
     // Of two values with a NaN, max() and min() give the second.
     PK_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
@@ -272,6 +275,63 @@ struct V {
         __m128i words =
             _mm_packus_epi32(_mm256_castsi256_si128(rung), _mm256_extracti128_si256(rung, 1));
         _mm_storel_epi64((__m128i*)out, _mm_packus_epi16(words, words));
+    }
+
+    // Entries of a table of 256, by one code a lane. Loads and insertions: a gather takes half as
+    // long again, on other processors more.
+    PK_INLINE __m128 pick_four(const float* table, uint32_t code) {
+        __m128 x = _mm_load_ss(table + (code & 255));
+        x = _mm_insert_ps(x, _mm_load_ss(table + ((code >> 8) & 255)), 0x10);
+        x = _mm_insert_ps(x, _mm_load_ss(table + ((code >> 16) & 255)), 0x20);
+        return _mm_insert_ps(x, _mm_load_ss(table + (code >> 24)), 0x30);
+    }
+    PK_INLINE F pick(const float* table, const uint8_t* code) {
+        uint64_t word;
+        __builtin_memcpy(&word, code, 8);
+        return _mm256_set_m128(pick_four(table, (uint32_t)(word >> 32)),
+                               pick_four(table, (uint32_t)word));
+    }
+
+    // Codes of the dynamic maps of kCodes values x * inverse; see CodeSegments. False where a value
+    // is too near to a threshold to tell.
+    static constexpr int kCodes = 32;
+    template <bool kSigned>
+    PK_INLINE bool dynamic_codes(const CodeSegments& s, const float* x, float inverse,
+                                 uint8_t* out) {
+        const F start = _mm256_load_ps(s.start), slope = _mm256_load_ps(s.slope);
+        const F offset = _mm256_load_ps(s.offset), last = _mm256_load_ps(s.last);
+        const F magic = set1(kSegmentMagic),
+                absolute = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+        I code[4];
+        F doubt = zero();
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            F t = mul(load(x + 8 * i), set1(inverse));
+            F a = kSigned ? _mm256_and_ps(t, absolute) : t;
+            F rough = _mm256_max_ps(a, set1(kSegmentSmallest));
+            rough = fma(_mm256_cvtepi32_ps(_mm256_castps_si256(rough)), set1(kSegmentLogScale),
+                        set1(kSegmentLogOffset));
+            I d = _mm256_castps_si256(rough); // the permutations look at its low bits only
+            F below = _mm256_cmp_ps(a, _mm256_permutevar8x32_ps(start, d), _CMP_LE_OQ);
+            d = _mm256_add_epi32(d, _mm256_castps_si256(below));
+            F y = fma(a, _mm256_permutevar8x32_ps(slope, d), _mm256_permutevar8x32_ps(offset, d));
+            y = _mm256_min_ps(y, _mm256_permutevar8x32_ps(last, d));
+            F r = add(y, magic);
+            F away = _mm256_and_ps(_mm256_sub_ps(y, _mm256_sub_ps(r, magic)), absolute);
+            doubt = _mm256_max_ps(doubt, away);
+            I k = _mm256_sub_epi32(_mm256_castps_si256(r), _mm256_castps_si256(magic));
+            code[i] = kSigned ? _mm256_sign_epi32(k, _mm256_castps_si256(t)) : k;
+        }
+        I low = _mm256_packs_epi32(code[0], code[1]), high = _mm256_packs_epi32(code[2], code[3]);
+        if (kSigned) { // there is a code for 1, but none for -1: the packing saturates
+            low = _mm256_add_epi16(low, _mm256_set1_epi16(127));
+            high = _mm256_add_epi16(high, _mm256_set1_epi16(127));
+        }
+        I bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high),
+                                              _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+        _mm256_storeu_si256((__m256i*)out, bytes);
+        F unsure = _mm256_cmp_ps(doubt, set1(0.5f - kSegmentDoubt), _CMP_GT_OQ);
+        return _mm256_testz_ps(unsure, unsure) != 0;
     }
 
     PK_INLINE void transpose(const float* src, int64_t src_stride, float* dst, int64_t dst_stride) {

@@ -30,7 +30,10 @@ struct V {
     PK_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
     PK_INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
     PK_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+    PK_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
     PK_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+    PK_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
+    PK_INLINE F sqrt(F a) { return _mm512_sqrt_ps(a); }
     PK_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
     PK_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
     PK_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
@@ -170,6 +173,56 @@ struct V {
             rung = _mm512_mask_or_epi32(code, negative, code, _mm512_set1_epi32(8));
         }
         _mm_storeu_si128((__m128i*)out, _mm512_cvtepi32_epi8(rung));
+    }
+
+    // As in simd_avx2.h.
+    PK_INLINE __m128 pick_four(const float* table, const uint8_t* code) {
+        uint32_t word;
+        __builtin_memcpy(&word, code, 4);
+        __m128 x = _mm_load_ss(table + (word & 255));
+        x = _mm_insert_ps(x, _mm_load_ss(table + ((word >> 8) & 255)), 0x10);
+        x = _mm_insert_ps(x, _mm_load_ss(table + ((word >> 16) & 255)), 0x20);
+        return _mm_insert_ps(x, _mm_load_ss(table + (word >> 24)), 0x30);
+    }
+    PK_INLINE F pick(const float* table, const uint8_t* code) {
+        F x = _mm512_castps128_ps512(pick_four(table, code));
+        x = _mm512_insertf32x4(x, pick_four(table, code + 4), 1);
+        x = _mm512_insertf32x4(x, pick_four(table, code + 8), 2);
+        return _mm512_insertf32x4(x, pick_four(table, code + 12), 3);
+    }
+    static constexpr int kCodes = 32;
+    PK_INLINE F eight(const float* p) { return _mm512_castps256_ps512(_mm256_load_ps(p)); }
+    template <bool kSigned>
+    PK_INLINE bool dynamic_codes(const CodeSegments& s, const float* x, float inverse,
+                                 uint8_t* out) {
+        const F start = eight(s.start), slope = eight(s.slope);
+        const F offset = eight(s.offset), last = eight(s.last);
+        const F magic = set1(kSegmentMagic);
+        F doubt = zero();
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+            F t = mul(load(x + 16 * i), set1(inverse));
+            F a = kSigned ? _mm512_abs_ps(t) : t;
+            F rough = _mm512_max_ps(a, set1(kSegmentSmallest));
+            rough = fma(_mm512_cvtepi32_ps(_mm512_castps_si512(rough)), set1(kSegmentLogScale),
+                        set1(kSegmentLogOffset));
+            I d = _mm512_castps_si512(rough); // the permutations look at its low bits only
+            __mmask16 below = _mm512_cmp_ps_mask(a, _mm512_permutexvar_ps(d, start), _CMP_LE_OQ);
+            d = _mm512_mask_sub_epi32(d, below, d, _mm512_set1_epi32(1));
+            F y = fma(a, _mm512_permutexvar_ps(d, slope), _mm512_permutexvar_ps(d, offset));
+            y = _mm512_min_ps(y, _mm512_permutexvar_ps(d, last));
+            F r = add(y, magic);
+            doubt = _mm512_max_ps(doubt, _mm512_abs_ps(_mm512_sub_ps(y, _mm512_sub_ps(r, magic))));
+            I k = _mm512_sub_epi32(_mm512_castps_si512(r), _mm512_castps_si512(magic));
+            if (kSigned) { // there is a code for 1, but none for -1
+                __mmask16 negative = _mm512_cmp_ps_mask(t, zero(), _CMP_LT_OQ);
+                k = _mm512_mask_sub_epi32(k, negative, zero_bits(), k);
+                k = _mm512_add_epi32(k, _mm512_set1_epi32(127));
+                k = _mm512_max_epi32(k, zero_bits());
+            }
+            _mm_storeu_si128((__m128i*)(out + 16 * i), _mm512_cvtepi32_epi8(k));
+        }
+        return _mm512_cmp_ps_mask(doubt, set1(0.5f - kSegmentDoubt), _CMP_GT_OQ) == 0;
     }
 
     PK_INLINE void transpose(const float* src, int64_t src_stride, float* dst, int64_t dst_stride) {

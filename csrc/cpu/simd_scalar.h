@@ -22,7 +22,10 @@ struct V {
     PK_INLINE F load(const float* p) { return *p; }
     PK_INLINE void store(float* p, F x) { *p = x; }
     PK_INLINE F add(F a, F b) { return a + b; }
+    PK_INLINE F sub(F a, F b) { return a - b; }
     PK_INLINE F mul(F a, F b) { return a * b; }
+    PK_INLINE F div(F a, F b) { return a / b; }
+    PK_INLINE F sqrt(F a) { return __builtin_sqrtf(a); }
     PK_INLINE F fma(F a, F b, F c) { return a * b + c; }
     // Of two values with a NaN, max() and min() give the second.
     PK_INLINE F max(F a, F b) { return a > b ? a : b; }
@@ -99,6 +102,16 @@ struct V {
         if (ladder.magnitude && t < 0.0f)
             code |= 8;
         *out = (uint8_t)code;
+    }
+
+    // Entries of a table of 256, by one code a lane.
+    PK_INLINE F pick(const float* table, const uint8_t* code) { return table[*code]; }
+
+    // One value at a time, the look-up is the quicker way: dynamic_codes() is never asked.
+    static constexpr int kCodes = 0;
+    template <bool kSigned>
+    PK_INLINE bool dynamic_codes(const CodeSegments&, const float*, float, uint8_t*) {
+        return false;
     }
 
     // dst[k * dst_stride + r] = src[r * src_stride + k] for r, k < kLanes

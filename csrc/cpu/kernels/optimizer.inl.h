@@ -15,27 +15,25 @@ constexpr int64_t kOptimizerChunk = 64; // blocks that a thread takes at a time
 // Whether every square is finite; what the reference calls a usable gradient.
 bool usable_block(const float* g) {
     typename V::I acc = V::zero_bits();
-    for (int64_t i = 0; i < kStateBlock; i += L) {
-        typename V::F x = V::load(g + i);
-        acc = V::max_magnitude(acc, V::mul(x, x));
-    }
-    return V::reduce_max(acc) < 0x7f800000u;
+    for (int64_t i = 0; i < kStateBlock; i += L)
+        acc = V::max_magnitude(acc, V::load(g + i));
+    float largest = bits_float(V::reduce_max(acc)); // NaN counts as larger than Inf
+    return is_finite(largest * largest);
 }
 
 void decode_block(const uint8_t* code, const float* values, float absmax, int64_t n,
                   float* __restrict out) {
-    PK_UNROLL_8
-    for (int64_t i = 0; i < n; ++i)
-        out[i] = values[code[i]];
-    for (int64_t i = 0; i < n; ++i)
-        out[i] *= absmax;
+    int64_t i = 0;
+    for (; i + L <= n; i += L)
+        V::store(out + i, V::mul(V::pick(values, code + i), V::set1(absmax)));
+    for (; i < n; ++i)
+        out[i] = values[code[i]] * absmax;
 }
 
-// Returns the absmax; the codes are of x / absmax. Denormal blocks are lifted by 2^64 (exact).
-float encode_block(const CodeBins& bins, const float* x, int64_t n, uint8_t* __restrict code) {
-    float absmax = bits_float(magnitude_bits(x, n));
-    float lift = absmax < kSmallestNormal ? 18446744073709551616.0f : 1.0f;
-    float inverse = absmax == 0.0f ? 0.0f : 1.0f / (absmax * lift);
+// Codes of (x * lift) * inverse, one by one.
+template <bool kSigned>
+void encode_values(const float* x, int64_t n, float lift, float inverse, uint8_t* __restrict code) {
+    const CodeBins& bins = kSigned ? kSignedBins : kUnsignedBins;
     alignas(64) float t[kStateBlock];
     alignas(64) int32_t bin[kStateBlock];
     alignas(64) uint32_t entry[kStateBlock];
@@ -48,7 +46,24 @@ float encode_block(const CodeBins& bins, const float* x, int64_t n, uint8_t* __r
         entry[i] = bins.entry[bin[i]];
     for (int64_t i = 0; i < n; ++i)
         code[i] = entry_code(entry[i], t[i]);
-    return absmax;
+}
+
+// The codes are of x / absmax. Denormal blocks are lifted by 2^64 (exact).
+template <bool kSigned>
+void encode_block(const float* x, int64_t n, float absmax, uint8_t* __restrict code) {
+    float lift = absmax < kSmallestNormal ? 18446744073709551616.0f : 1.0f;
+    float inverse = absmax == 0.0f ? 0.0f : 1.0f / (absmax * lift);
+    int64_t done = 0;
+    if constexpr (V::kCodes != 0) {
+        if (lift == 1.0f) {
+            const CodeSegments& segments = kSigned ? kSignedSegments : kUnsignedSegments;
+            for (; done + V::kCodes <= n; done += V::kCodes)
+                if (!V::template dynamic_codes<kSigned>(segments, x + done, inverse, code + done))
+                    encode_values<kSigned>(x + done, V::kCodes, 1.0f, inverse, code + done);
+        }
+    }
+    if (done < n)
+        encode_values<kSigned>(x + done, n - done, lift, inverse, code + done);
 }
 
 void store_rounding(const float* p, int64_t n, const int64_t* rounding, int64_t at, void* out) {
@@ -74,6 +89,35 @@ void update_run(const Update u, const float* __restrict g, float* __restrict p, 
         else
             momentum_element(u, g[i], p[i], m[i]);
     }
+}
+
+// AdamW on a whole block of codes in one sweep: the look-ups wait for memory and the update for
+// its divisions, so they go on side by side. Leaves the moments in m and v, and their absmax.
+void adamw_coded(const Update& u, const float* g, float* p, const uint8_t* code1,
+                 const uint8_t* code2, float* absmax1, float* absmax2, float* m, float* v) {
+    using F = typename V::F;
+    const F beta1 = V::set1(u.beta1), rest1 = V::set1(u.one_minus_beta1);
+    const F beta2 = V::set1(u.beta2), rest2 = V::set1(u.one_minus_beta2);
+    const F correction = V::set1(u.inverse_correction), eps = V::set1(u.eps);
+    const F decay = V::set1(u.decay), step = V::set1(u.step_size);
+    const F scale1 = V::set1(*absmax1), scale2 = V::set1(*absmax2);
+    typename V::I largest1 = V::zero_bits(), largest2 = V::zero_bits();
+    for (int64_t i = 0; i < kStateBlock; i += L) {
+        F grad = V::load(g + i);
+        F first = V::mul(V::pick(kDynamicValues, code1 + i), scale1);
+        F second = V::mul(V::pick(kUnsignedValues, code2 + i), scale2);
+        first = V::add(V::mul(first, beta1), V::mul(grad, rest1));
+        second = V::add(V::mul(second, beta2), V::mul(V::mul(grad, grad), rest2));
+        F denominator = V::add(V::mul(V::sqrt(second), correction), eps);
+        F change = V::mul(step, V::div(first, denominator));
+        V::store(p + i, V::sub(V::mul(V::load(p + i), decay), change));
+        V::store(m + i, first);
+        V::store(v + i, second);
+        largest1 = V::max_magnitude(largest1, first);
+        largest2 = V::max_magnitude(largest2, second);
+    }
+    *absmax1 = bits_float(V::reduce_max(largest1));
+    *absmax2 = bits_float(V::reduce_max(largest2));
 }
 
 // Elements at .. at + n of a tensor, n <= 256; false where the gradient is not finite. Whole fp32
@@ -108,20 +152,30 @@ bool optimizer_block(const OptimizerTensor& t, const Update& u, const int64_t* r
     uint8_t* code2 = (uint8_t*)t.state2 + at;
     float* m = coded ? first : (float*)t.state1 + at;
     float* v = coded || R != kAdamW ? second : (float*)t.state2 + at;
-    if (coded) {
-        decode_block(code1, kDynamicValues, t.absmax1[block], n, m);
-        if (R == kAdamW)
-            decode_block(code2, kUnsignedValues, t.absmax2[block], n, v);
+    bool one_sweep = R == kAdamW && coded && whole;
+    if (one_sweep) {
+        adamw_coded(u, g, p, code1, code2, t.absmax1 + block, t.absmax2 + block, m, v);
+    } else {
+        if (coded) {
+            decode_block(code1, kDynamicValues, t.absmax1[block], n, m);
+            if (R == kAdamW)
+                decode_block(code2, kUnsignedValues, t.absmax2[block], n, v);
+        }
+        update_run<R>(u, g, p, m, v, n);
     }
-    update_run<R>(u, g, p, m, v, n);
     if (rounding != nullptr && t.param_dtype == kBF16)
         store_rounding(p, n, rounding, at, target);
     else if (!direct)
         store_run(p, n, (int)t.param_dtype, target);
-    if (coded) {
-        t.absmax1[block] = encode_block(kSignedBins, m, n, code1);
+    if (coded && !one_sweep) {
+        t.absmax1[block] = bits_float(magnitude_bits(m, n));
         if (R == kAdamW)
-            t.absmax2[block] = encode_block(kUnsignedBins, v, n, code2);
+            t.absmax2[block] = bits_float(magnitude_bits(v, n));
+    }
+    if (coded) {
+        encode_block<true>(m, n, t.absmax1[block], code1);
+        if (R == kAdamW)
+            encode_block<false>(v, n, t.absmax2[block], code2);
     }
     return true;
 }
