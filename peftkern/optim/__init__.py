@@ -15,6 +15,7 @@ from peftkern.optim.optimizers import (
     SGD8bit,
 )
 from peftkern.optim.pager import PagingError
+from peftkern.optim.plot import paging_svg
 
 __all__ = [
     "AdamW",
@@ -26,4 +27,5 @@ __all__ = [
     "PagingError",
     "SGD8bit",
     "lora_plus_groups",
+    "paging_svg",
 ]

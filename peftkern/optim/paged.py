@@ -53,8 +53,6 @@ class _Segment:
 
     def part(self, whole: Tensor) -> Tensor:
         """What this run covers of a contiguous parameter or gradient."""
-        if self.length == whole.numel():
-            return whole
         return whole.view(-1)[self.start : self.start + self.length]
 
     def tensor(self, name: str, bucket: Tensor) -> Tensor | None:
@@ -73,6 +71,7 @@ class _Share:
     segments: list[_Segment]
     rows: list[int]  # of each segment's parameter in the list of work
     index: Tensor  # the same, int64
+    partial: list[tuple[int, _Segment]]  # those that are not a whole parameter, with their place
 
 
 class PagedOptimizer(BlockOptimizer):
@@ -350,7 +349,12 @@ class PagedOptimizer(BlockOptimizer):
                 mine = [segment for segment in segments if segment.parameter in row_of]
                 if mine:
                     rows = [row_of[segment.parameter] for segment in mine]
-                    shares.append(_Share(number, mine, rows, torch.tensor(rows)))
+                    partial = [
+                        (i, segment)
+                        for i, segment in enumerate(mine)
+                        if segment.length != work[rows[i]].param.numel()
+                    ]
+                    shares.append(_Share(number, mine, rows, torch.tensor(rows), partial))
             self._plan = (indices, shares)
         return self._plan[1]
 
@@ -394,18 +398,23 @@ class PagedOptimizer(BlockOptimizer):
         two = self._options.rule == "adamw"
         views = self._planes_of(share, bucket)
         items = [work[row] for row in share.rows]
-        pairs = list(zip(items, share.segments, strict=True))
-        params = [segment.part(item.param) for item, segment in pairs]
+        params = [item.param for item in items]
+        grads = [item.grad for item in items]
+        for i, segment in share.partial:
+            params[i], grads[i] = segment.part(params[i]), segment.part(grads[i])
+        rounding = None
+        if self._options.stochastic_rounding:
+            rounding = self._rounding(items, [segment.start for segment in share.segments])
         result = torch.ops.peftkern.optimizer_step(
             hyper[share.index],
             params,
-            [segment.part(item.grad) for item, segment in pairs],
+            grads,
             views["state1"],
             views["state2"] if two else [],
             views["absmax1"],
             views["absmax2"] if two else [],
             self._options.rule,
-            self._rounding(items, [segment.start for segment in share.segments]),
+            rounding,
         )
         for row, blocks in zip(share.rows, result.tolist(), strict=True):
             skipped[row] += blocks
@@ -493,7 +502,10 @@ class PagedOptimizer(BlockOptimizer):
             ``total_bytes`` of state, ``resident_bytes`` now in RAM, ``ram_budget``, ``buckets``,
             ``kept_buckets`` that always stay, ``hits``, ``misses``, ``hit_rate``, ``bytes_read``,
             ``bytes_written``, ``stall_seconds`` that steps waited, ``commits``, and ``history``: a
-            list of ``{"stall_seconds", "resident_bytes"}`` for the last 1000 steps.
+            dict for each of the last 1000 passes over the state (steps, and what loads state or
+            takes up a directory) with its number ``step``, ``step_seconds`` from the first bucket
+            to the last, ``stall_seconds``, ``resident_bytes``, ``bytes_read``, ``bytes_written``,
+            ``hits`` and ``misses``. :func:`~peftkern.optim.paging_svg` draws it.
         """
         return self.pager.report()
 

@@ -94,8 +94,10 @@ class Pager:
         self._counts = dict.fromkeys(("hits", "misses", "bytes_read", "bytes_written"), 0)
         self._commits = 0
         self._stall = 0.0
-        self._steps: deque[tuple[float, int]] = deque(maxlen=_HISTORY)
-        self._stall_before = 0.0
+        self._steps: deque[dict[str, Any]] = deque(maxlen=_HISTORY)
+        self._step = 0
+        self._before: dict[str, Any] = {}
+        self._began = 0.0
         if self._files is not None:
             weakref.finalize(self, _shut, self._pid, self._threads, self._files)
         self._budget: int | None = None
@@ -144,7 +146,8 @@ class Pager:
                 last commit is whole on disk, and the call can be repeated.
         """
         self._check()
-        self._stall_before = self._stall
+        self._began = time.perf_counter()
+        self._before = {**self._counts, "stall_seconds": self._stall}
         # The commit itself may go on: later writes queue behind it.
         self._settle_writes()
         self._collect_commits(wait=self._failure is not None)
@@ -222,7 +225,21 @@ class Pager:
 
             self._committing.append(self._submit("write", write_record))
         self._durable = False
-        self._steps.append((self._stall - self._stall_before, self.resident_bytes()))
+        self._note_step()
+
+    def _note_step(self) -> None:
+        self._step += 1
+        now = {**self._counts, "stall_seconds": self._stall}
+        moved = {name: value - self._before.get(name, 0) for name, value in now.items()}
+        seconds = time.perf_counter() - self._began if self._before else 0.0
+        self._steps.append(
+            {
+                "step": self._step,
+                "step_seconds": seconds,
+                "resident_bytes": self.resident_bytes(),
+                **moved,
+            }
+        )
 
     def settle(self) -> None:
         """Wait until everything that was asked for is on disk.
@@ -286,10 +303,7 @@ class Pager:
             "hit_rate": self._counts["hits"] / seen if seen else 1.0,
             "stall_seconds": self._stall,
             "commits": self._commits,
-            "history": [
-                {"stall_seconds": stall, "resident_bytes": resident}
-                for stall, resident in self._steps
-            ],
+            "history": [dict(entry) for entry in self._steps],
         }
 
     def _settle_writes(self) -> None:
