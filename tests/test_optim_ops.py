@@ -109,6 +109,41 @@ def test_code_search_is_exact_around_every_threshold() -> None:
                 assert torch.equal(state[0], expected)
 
 
+@pytest.mark.native
+def test_code_arithmetic_is_exact_around_every_threshold(isa: str) -> None:
+    """Vector code rounds a sum where the reference searches; both maps, every rule's block."""
+    edges = reference.unsigned_thresholds().numpy()
+    steps = np.arange(-4, 5, dtype=np.int32)
+    # With beta2 = 0 and no state yet, v is g * g: these roots hit all sides of the thresholds.
+    roots = (np.sqrt(edges).view(np.int32)[:, None] + steps).view(np.float32).ravel()
+    signed = reference.dynamic_thresholds().numpy()
+    near = (signed.view(np.int32)[:, None] + steps).view(np.float32).ravel()
+    extra = np.array([0.0, -0.0, 1e-30, -1e-30, 0.5, -0.999], np.float32)
+    rng = np.random.default_rng(0)
+    random = rng.uniform(-1, 1, 20_000).astype(np.float32) ** 5
+    values = np.concatenate([roots, near, -near, extra, random])
+    values = values[: len(values) // 255 * 255].reshape(-1, 255)
+    whole = np.concatenate([values, np.ones((len(values), 1), np.float32)], 1)  # absmax 1
+    g = torch.from_numpy(np.clip(whole, -1, 1)).reshape(-1)
+    blocks = g.numel() // 256
+    for rule in contract.RULES:
+        two = rule == "adamw"
+        betas = (0.0, 0.0)
+        hyper = _hyper(rule, 1, 1, betas=betas, weight_decay=0.0)
+        results = []
+        for backend in ("reference", "native"):
+            codes = [torch.full((g.numel(),), 127, dtype=torch.uint8)]
+            codes2 = [torch.zeros(g.numel(), dtype=torch.uint8)] if two else []
+            scales = [torch.zeros(blocks)], [torch.zeros(blocks)] if two else []
+            lists = ([torch.zeros_like(g)], [g], codes, codes2, *scales)
+            with pk.use_backend(backend):
+                OP(hyper, *lists, rule, None)
+            results.append([t for values in lists for t in values])
+        assert len(results[0][2].unique()) == 256
+        for want, got in zip(*results, strict=True):
+            assert_same_bits(got, want, rule)
+
+
 @pytest.mark.hf
 def test_maps_are_those_of_bitsandbytes() -> None:
     bnb = pytest.importorskip("bitsandbytes.functional")
