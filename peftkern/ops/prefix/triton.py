@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -59,6 +61,16 @@ def _constants(q: Tensor, k: Tensor, prefix: Tensor, dropout: Dropout) -> dict[s
     }
 
 
+def _config(q: Tensor, masked: bool, backward: bool) -> RankConfig:
+    """The heuristic's tiles; with a mask fewer queries, whose addresses would spill."""
+    config = attention_config(q.shape[3], q.dtype == torch.float32, backward)
+    if not masked:
+        return config
+    if backward and q.shape[3] <= 64:
+        return replace(config, block_m=16, num_warps=4)
+    return replace(config, block_m=max(16, config.block_m // 2))
+
+
 def _tiles(config: RankConfig) -> dict[str, int]:
     return {
         "BLOCK_M": config.block_m,
@@ -107,7 +119,7 @@ def prefix_attention(
     lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
     dropout = Dropout.of(dropout_p, seed)
     mask, mask_strides, kind = _mask_arguments(attn_mask)
-    config = attention_config(depth, q.dtype == torch.float32, False)
+    config = _config(q, attn_mask is not None, False)
     launch(
         prefix._prefix_forward_kernel,
         batch * heads * -(-queries // config.block_m),
@@ -190,7 +202,7 @@ def prefix_attention_backward(
     kv_heads, keys, length = k.shape[1], k.shape[2], prefix_k.shape[-2]
     dropout = Dropout.of(dropout_p, seed)
     mask, mask_strides, kind = _mask_arguments(attn_mask)
-    config = attention_config(depth, q.dtype == torch.float32, True)
+    config = _config(q, attn_mask is not None, True)
     constants = {**_constants(q, k, prefix_k, dropout), **_tiles(config)}
     delta = torch.empty_like(lse)
     launch(
