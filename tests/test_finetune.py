@@ -182,6 +182,20 @@ def test_causal_lm_learns_and_resumes_exactly(llama: Path, text: Path, tmp_path:
     assert (cut / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dora", "adapters", "ia3", "prefix", "prompt", "sparse"])
+def test_every_method_trains_and_resumes(
+    llama: Path, text: Path, tmp_path: Path, method: str
+) -> None:
+    common = ("--model", llama, "--data", text, "--method", method, "--max-length", 32)
+    common += ("--batch-size", 4, "--dtype", "float32", "--save-steps", 2, "--r", 4)
+    done = run(*common, "--max-steps", 2, "--output", tmp_path)
+    assert done.exit_code == 0, done.output
+    again = run(*common, "--max-steps", 3, "--output", tmp_path, "--resume")
+    assert again.exit_code == 0, again.output
+    assert report_of(tmp_path)["steps"] == 3
+
+
 def test_classification_reports_accuracy(llama: Path, tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
     lines = [

@@ -80,7 +80,8 @@ class VerifyReport:
     @property
     def ok(self) -> bool:
         """Whether something was compared and every difference is explained by rounding."""
-        return bool(self.rows) and all(row.ok for row in (*self.rows, *self.whole))
+        compared = (*self.rows, *self.whole)
+        return bool(compared) and all(row.ok for row in compared)
 
     @property
     def worst(self) -> Difference | None:
@@ -172,7 +173,9 @@ def verify(
         _restore_random_state(state)
         other = _originals(model) if against == "original" else use_backend("reference")
         value_reference, expected = _step(model, batch, compute, other)
-    limit = _WHOLE_MODEL * max((row.limit for row in watcher.rows), default=0.0)
+    # Without modules of ours that are called on their own (hooks, prefixes): by the weights' dtypes.
+    coarsest = max((_LIMITS.get(p.dtype, 0.0) for p in model.parameters()), default=0.0)
+    limit = _WHOLE_MODEL * max((row.limit for row in watcher.rows), default=coarsest)
     pairs = {
         f"gradient of {name}": (got, want)
         for name, got in gradients.items()

@@ -269,6 +269,7 @@ def _train(
 
         trainer = training.AdapterTrainer(
             model=net,
+            format=method.format,
             args=_arguments(settings, output, method, bool(held), metrics is not None),
             train_dataset=items,
             eval_dataset=held or None,

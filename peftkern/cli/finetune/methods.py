@@ -45,13 +45,13 @@ class Method:
         summary: one line for the help.
         lr: learning rate when none is given.
         config: makes the configuration; None trains every weight.
-        load: options of `load_adapter` that the files do not hold.
+        format: of `save_adapter`.
     """
 
     summary: str
     lr: float
     config: Config | None
-    load: dict[str, Any]
+    format: str = "peft"
 
 
 def _lora(**more: Any) -> Config:
@@ -70,18 +70,56 @@ def _lora(**more: Any) -> Config:
     return make
 
 
+def _adapters(options: Options) -> Any:
+    import peftkern as pk
+
+    return pk.BottleneckConfig.preset(
+        "pfeiffer", dropout=options.dropout, task_type=HEADS[options.task]
+    )
+
+
+def _ia3(options: Options) -> Any:
+    import peftkern as pk
+
+    return pk.IA3Config(target_modules=options.target_modules, task_type=HEADS[options.task])
+
+
+def _prefix(options: Options) -> Any:
+    import peftkern as pk
+
+    return pk.PrefixTuningConfig(num_virtual_tokens=20, task_type=HEADS[options.task])
+
+
+def _prompt(options: Options) -> Any:
+    import peftkern as pk
+
+    return pk.PromptTuningConfig(
+        num_virtual_tokens=20, prompt_tuning_init="SAMPLE_VOCAB", task_type=HEADS[options.task]
+    )
+
+
+def _sparse(options: Options) -> Any:
+    import peftkern as pk
+
+    return pk.SparseDeltaConfig(
+        density=0.01,
+        pattern="magnitude",
+        target_modules=options.target_modules,
+        task_type=HEADS[options.task],
+    )
+
+
 METHODS: dict[str, Method] = {
-    "lora": Method("low-rank adapters, base as it is", 2e-4, _lora(), {}),
-    "qlora": Method(
-        "low-rank adapters over an NF4 base, double quantization",
-        2e-4,
-        _lora(quantize="nf4"),
-        {"quantize": "nf4"},
-    ),
-    "qlora-int8": Method(
-        "low-rank adapters over an INT8 base", 2e-4, _lora(quantize="int8"), {"quantize": "int8"}
-    ),
-    "full": Method("every weight", 2e-5, None, {}),
+    "lora": Method("low-rank adapters, base as it is", 2e-4, _lora()),
+    "qlora": Method("low-rank adapters, NF4 base", 2e-4, _lora(quantize="nf4")),
+    "qlora-int8": Method("low-rank adapters, INT8 base", 2e-4, _lora(quantize="int8")),
+    "dora": Method("magnitude and direction apart", 2e-4, _lora(use_dora=True)),
+    "adapters": Method("Pfeiffer's bottlenecks", 1e-4, _adapters, "adapterhub"),
+    "ia3": Method("learned factors", 3e-3, _ia3),
+    "prefix": Method("20 trained keys and values in every attention", 1e-2, _prefix),
+    "prompt": Method("20 trained input embeddings", 3e-2, _prompt),
+    "sparse": Method("the largest 1 % of the weights", 2e-4, _sparse),
+    "full": Method("every weight", 2e-5, None),
 }
 
 

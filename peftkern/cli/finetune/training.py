@@ -22,12 +22,13 @@ class AdapterTrainer(Trainer):
     """Saves and loads the adapter alone; a save is never cut by Ctrl-C.
 
     Args:
-        load: options of :func:`peftkern.load_adapter` that the files do not hold.
+        format: of :func:`peftkern.save_adapter`.
         args, kwargs: of the Trainer.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, format: str = "peft", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.format = format
         self.patched = "_peftkern_handle" in self.model.__dict__
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -35,7 +36,7 @@ class AdapterTrainer(Trainer):
             return super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        pk.save_adapter(self.model, folder)
+        pk.save_adapter(self.model, folder, format=self.format)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         return None
