@@ -112,17 +112,19 @@ def test_names_that_match_nothing_are_reported_with_near_ones() -> None:
         pk.patch(model, pk.LoRAConfig(target_modules=r"nothing.*attn"))
     with pytest.raises(ValueError, match="modules_to_save: no module's path ends with 'clasifier'"):
         pk.patch(model, pk.LoRAConfig(modules_to_save=["clasifier"]))
+    with pytest.raises(ValueError, match=r"(?s)nothing to adapt.*model.norm: LlamaRMSNorm"):
+        pk.patch(model, pk.LoRAConfig(target_modules=["model.norm"]))
     with pytest.raises(ValueError, match=r"(?s)nothing to adapt.*embed_tokens: nn.Embedding"):
-        pk.patch(model, pk.LoRAConfig(target_modules=["embed_tokens"]))
+        pk.patch(model, pk.IA3Config(target_modules=["embed_tokens"]))
 
 
 def test_strict_refuses_what_cannot_be_adapted() -> None:
     model = build("llama")
-    config = pk.LoRAConfig(target_modules=["q_proj", "embed_tokens"])
-    with pytest.raises(ValueError, match=r"embed_tokens: nn.Embedding is a table"):
+    config = pk.LoRAConfig(target_modules=["q_proj", "model.norm"])
+    with pytest.raises(ValueError, match=r"model.norm: LlamaRMSNorm"):
         pk.patch(model, config, strict=True)
     handle = pk.patch(model, config)
-    assert [row.name for row in handle.report().refused] == ["model.embed_tokens"]
+    assert [row.name for row in handle.report().refused] == ["model.norm"]
 
 
 @pytest.mark.parametrize(
@@ -141,7 +143,7 @@ def test_strict_refuses_what_cannot_be_adapted() -> None:
         ({"quantize_modules": "all-linear"}, "quantize_modules: needs quantize"),
         ({"keep_original": "cloud"}, "keep_original: got 'cloud'"),
         ({"task_type": "CLS"}, "task_type: got 'CLS'"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights: got 'pissa'"),
+        ({"init_lora_weights": "pizza"}, "init_lora_weights: got 'pizza'"),
         ({"layers_to_transform": 1}, "layers_to_transform: works with a list"),
         ({"target_modules": ["q"], "layers_pattern": "h"}, "layers_pattern: needs"),
         ({"adapter_dtype": torch.int8}, "adapter_dtype: got"),

@@ -327,7 +327,8 @@ def _exists(adapter_name: str, path: str) -> str:
 
 
 def _nothing(config: AdapterConfig, plan: Sequence[Step], sites: Sequence[Site]) -> str:
-    reasons = [f"{s.site.name}: {'; '.join(s.reasons)}" for s in plan if s.reasons]
+    first = sorted(plan, key=lambda step: not step.asked)  # what was asked for explains most
+    reasons = [f"{s.site.name}: {'; '.join(s.reasons)}" for s in first if s.reasons]
     shown = "\n  ".join(reasons[:10])
     more = f"\n  ... and {len(reasons) - 10} more" if len(reasons) > 10 else ""
     detail = f"\n  {shown}{more}" if reasons else " (it has no linear layers)"
