@@ -173,7 +173,7 @@ def verify(
         _restore_random_state(state)
         other = _originals(model) if against == "original" else use_backend("reference")
         value_reference, expected = _step(model, batch, compute, other)
-    # Without modules of ours that are called on their own (hooks, prefixes): by the weights' dtypes.
+    # Adapters that hooks drive, and prefixes, are not called alone: the weights' dtypes decide.
     coarsest = max((_LIMITS.get(p.dtype, 0.0) for p in model.parameters()), default=0.0)
     limit = _WHOLE_MODEL * max((row.limit for row in watcher.rows), default=coarsest)
     pairs = {
