@@ -391,3 +391,15 @@ def test_what_a_layer_cannot_have_is_in_the_report() -> None:
     pk.patch(quantized, pk.LoRAConfig(target_modules=["q_proj"], quantize="nf4"))
     with pytest.raises(ValueError, match="carries an adapter of another kind"):
         pk.patch(quantized, pk.IA3Config(target_modules=["q_proj"]), adapter_name="second")
+
+
+def test_dora_trains_after_an_evaluation_in_inference_mode() -> None:
+    torch.manual_seed(0)
+    layer = pk.nn.LoRALinear(torch.nn.Linear(16, 8), r=2, use_dora=True)
+    x = torch.randn(3, 16)
+    with torch.inference_mode():
+        shown = layer(x)
+    y = layer(x)
+    torch.testing.assert_close(y, shown)
+    y.sum().backward()
+    assert layer.lora_B["default"].weight.grad is not None

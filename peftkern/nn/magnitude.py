@@ -47,6 +47,14 @@ class Magnitude(nn.Module):
         """
         if torch.compiler.is_compiling():
             return functional.dora_weight_norm(base, lora_A, lora_B, scaling)
+        # What is kept must serve a later training step even if this call is an evaluation's:
+        # autograd refuses tensors that were made in inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            return self._kept_norm(base, lora_A, lora_B, scaling)
+
+    def _kept_norm(
+        self, base: Tensor | QuantizedTensor, lora_A: Tensor, lora_B: Tensor, scaling: float
+    ) -> Tensor:
         weight = base.weight if isinstance(base, QuantizedTensor) else base
         key = (weight.data_ptr(), None if weight.is_inference() else weight._version, weight.dtype)
         if self._base is None or self._base[0] != key:
