@@ -157,8 +157,13 @@ def test_labels_come_from_the_syntax_tree() -> None:
     assert {example.group for example in found.values()} == {"pkg"}
 
 
-def test_stdlib_split_leaks_nothing() -> None:
-    first = demo_data.stdlib_docstrings()
+@pytest.fixture(scope="module")
+def docstrings() -> demo_data.TextDataset:
+    return demo_data.stdlib_docstrings()
+
+
+def test_stdlib_split_leaks_nothing(docstrings: demo_data.TextDataset) -> None:
+    first = docstrings
     train, held_out = ({e.group for e in half} for half in (first.train, first.held_out))
     assert train
     assert held_out
@@ -410,14 +415,18 @@ def test_forgetting_is_none_for_the_same_model_and_seen_in_a_shuffled_one() -> N
     assert spearman(ranks, torch.tensor([1.0, 3.0, 2.0, 4.0])) == pytest.approx(0.8)
 
 
-def test_sentence_pairs_are_cut_after_the_first_sentence() -> None:
-    firsts, rests = demo_data.stdlib_docstrings().sentence_pairs(30)
+def test_sentence_pairs_are_cut_after_the_first_sentence(
+    docstrings: demo_data.TextDataset,
+) -> None:
+    firsts, rests = docstrings.sentence_pairs(30)
     assert len(firsts) == len(rests) == 30
     assert all(first.endswith(".") and ". " not in first for first in firsts)
 
 
-def test_a_part_keeps_every_label_and_the_held_out_half() -> None:
-    whole = demo_data.stdlib_docstrings()
+def test_a_part_keeps_every_label_and_the_held_out_half(
+    docstrings: demo_data.TextDataset,
+) -> None:
+    whole = docstrings
     part = whole.part(0.01)
     assert part.held_out == whole.held_out
     assert {e.label for e in part.train} == {e.label for e in whole.train}
@@ -507,6 +516,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_tiny_demo_from_end_to_end(tiny_model: Path, tmp_path: Path) -> None:
     data, output = write_rows(tmp_path / "a.csv", 400), tmp_path / "out"
     result = cli(

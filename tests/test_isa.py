@@ -45,7 +45,8 @@ def module_of(isa: str) -> ModuleType:
     return module
 
 
-@pytest.fixture(params=ISAS)
+# Emulation needs a build of its own, of two minutes.
+@pytest.fixture(params=[*ISAS[:3], pytest.param(EMULATED, marks=pytest.mark.slow)])
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Makes every native implementation run on one instruction set."""
     module = module_of(request.param)

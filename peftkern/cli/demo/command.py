@@ -47,7 +47,7 @@ class Size:
     evaluations: int
 
 
-FULL = Size(train=4000, held_out=2000, epochs=1, batch_size=16, evaluations=3)
+FULL = Size(train=1200, held_out=2000, epochs=1, batch_size=16, evaluations=3)
 QUICK = Size(train=480, held_out=240, epochs=1, batch_size=8, evaluations=1)
 
 

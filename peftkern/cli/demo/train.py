@@ -40,7 +40,7 @@ PEEK = 200
 LEAST_PAIRS = 20
 HEAD_FILE, FEATURES_FILE = "head.safetensors", "features.safetensors"
 FRACTIONS = (0.01, 0.1)
-LOW_DATA_STEPS = 40
+LOW_DATA_STEPS = 24
 Emit = Callable[..., None]
 
 
