@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from peftkern import native
+from peftkern.cuda_kernels.choices import Device
 from peftkern.registry import register_backend
 
 _FILE = Path(__file__).with_name("_cuda.so")
@@ -38,6 +39,10 @@ SIGNATURES = {
     "linear_rows_4bit": "pinnnppppiipppiifpp",
     "linear_rows_8bit": "pinnnpppppiifpp",
     "linear_4bit_mma": "pinnnppppiipppiifppp",
+    "linear_4bit_few": "pinnnppppiipppiifpp",
+    "shrink": "pinnpiinnfpufpnpppiinifp",
+    "outer": "pinnpnifpufpiip",
+    "linear_wgmma": "pinnniippppiipppiiipipp",
 }
 
 
@@ -49,6 +54,9 @@ class Library(Protocol):
 
     def ask(self, name: str, *args: int) -> int:
         """An ``int64`` that the library computes, such as the size of a workspace."""
+
+    def facts(self, device: torch.device) -> Device:
+        """What the choice of a kernel needs to know of ``device``."""
 
 
 def declare(library: ctypes.CDLL) -> None:
@@ -74,6 +82,7 @@ class _CudaLibrary:
         declare(self._library)
         self._library.pk_cuda_status_text.restype = ctypes.c_char_p
         self._library.pk_cuda_architectures.restype = ctypes.c_char_p
+        self._facts: dict[int, Device] = {}
 
     def architectures(self) -> str:
         """What the kernels were compiled for."""
@@ -91,12 +100,22 @@ class _CudaLibrary:
 
     def launch(self, name: str, device: torch.device, args: tuple[Any, ...]) -> None:
         function = getattr(self._library, f"pk_cuda_{name}")
-        with torch.cuda.device(device):
-            self._library.pk_cuda_set_device(device.index or 0)
-            stream = torch.cuda.current_stream(device).cuda_stream
-            status = function(*map(plain, args), stream)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self._library.pk_cuda_set_device(index)
+        try:
+            status = function(*map(plain, args), torch._C._cuda_getCurrentRawStream(index))
+        finally:
+            if index != torch.cuda.current_device():
+                self._library.pk_cuda_set_device(torch.cuda.current_device())
         if status:
             raise RuntimeError(f"peftkern::{name}: the CUDA launch failed, {self._text(status)}")
+
+    def facts(self, device: torch.device) -> Device:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if index not in self._facts:
+            hopper = torch.cuda.get_device_capability(index) == (9, 0)
+            self._facts[index] = Device(hopper, self.ask("shared_limit", index))
+        return self._facts[index]
 
     def ask(self, name: str, *args: int) -> int:
         function = getattr(self._library, f"pk_cuda_{name}")
@@ -156,6 +175,11 @@ def use_library(replacement: Library) -> Iterator[None]:
 def launch(name: str, device: torch.device, *args: Any) -> None:
     """Launch ``pk_cuda_<name>``; tensors are passed as addresses, the stream is added."""
     library().launch(name, device, args)
+
+
+def device_facts(device: torch.device) -> Device:
+    """What the choice of a kernel needs to know of ``device``."""
+    return library().facts(device)
 
 
 def refusal(*values: Tensor | torch.dtype | None) -> str | None:

@@ -24,8 +24,9 @@ import torch
 
 import peftkern as pk
 from peftkern import cuda_native, registry
-from peftkern.ops.linear4 import cuda as linear4
-from peftkern.ops.linear4.cuda import LowRank
+from peftkern.cuda_kernels.choices import Device
+from peftkern.cuda_kernels.products import LowRank, product
+from peftkern.ops.bases import Base
 from peftkern.ops.quant4 import reference as quant4
 from peftkern.ops.quant4.contract import bundles_4bit
 from peftkern.testing import assert_error_rule, assert_same_bits, map_tensors, tensors_of
@@ -59,7 +60,7 @@ def _executor() -> tuple[Path, ...]:
     folder = Path(tempfile.mkdtemp(prefix="peftkern-simt-"))
     atexit.register(shutil.rmtree, folder)
     objects = []
-    for name, level in (("executor", "-O1"), ("memory", "-O2")):
+    for name, level in (("executor", "-O2"), ("memory", "-O2"), ("hopper", "-O2")):
         objects.append(folder / f"{name}.o")
         _compile(CSRC / "simt" / f"{name}.cpp", objects[-1], [*FLAGS, level])
     return tuple(objects)
@@ -111,13 +112,17 @@ class SimtLibrary:
         self.library.simt_clear_buffers()
         for i, value in enumerate(args):
             if isinstance(value, torch.Tensor):
-                size = value.numel() * value.element_size()
+                last = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
+                size = (last + 1) * value.element_size() if value.numel() else 0
                 label = f"argument {i} of {name}".encode()
                 self.library.simt_add_buffer(label, value.data_ptr(), size)
         function = getattr(self.library, f"pk_cuda_{name}")
         status = function(*map(cuda_native.plain, args), 0)
         if status:
             raise RuntimeError(f"{name}: status {status}: {self.library.simt_report().decode()}")
+
+    def facts(self, device: torch.device) -> Device:
+        return Device(hopper=True, shared=227 * 1024)
 
     def ask(self, name: str, *args: int) -> int:
         function = getattr(self.library, f"pk_cuda_{name}")
@@ -176,9 +181,10 @@ def _assert_like_reference(name: str, args: tuple[Any, ...], where: str) -> None
 @pytest.mark.parametrize(("name", "dtype"), list(_cells()))
 def test_matches_reference(simt: SimtLibrary, name: str, dtype: torch.dtype) -> None:
     row = next(r for r in registry.implementations(name, "cuda") if r.backend == "cuda")
-    ran = 0
+    ran, reasons = 0, []
     for i, sample in enumerate(registry.specs()[name].samples(dtype)):
-        if row.refusal(sample.args) is not None:
+        if (reason := row.refusal(sample.args)) is not None:
+            reasons.append(reason)
             continue
         schedule = list(SCHEDULES)[i % len(SCHEDULES)]
         simt.schedule(schedule, seed=i)
@@ -186,9 +192,12 @@ def test_matches_reference(simt: SimtLibrary, name: str, dtype: torch.dtype) -> 
             ("plain", sample.args),
             ("shifted", map_tensors(_shifted, sample.args)),
         ):
+            if row.refusal(args) is not None:
+                continue
             _assert_like_reference(name, args, f"{name} {sample.name} {layout} {schedule}")
         ran += 1
-    assert ran, f"every sample of {name} in {dtype} was refused"
+    if not ran:  # only because of its dtype
+        assert any(str(dtype) in reason for reason in reasons), reasons
 
 
 # (M, N, K, block size, type, nested): both paths at the edges of their ranges; depths that fill no
@@ -202,6 +211,12 @@ FUSED = (
     (33, 24, 256, 128, "fp4", False),
     (64, 12, 160, 32, "nf4", True),
 )
+
+
+def _fused(
+    way: str, x: torch.Tensor, base: Any, n: int, term: LowRank | None = None
+) -> torch.Tensor:
+    return product(x, Base(*base, n, x.shape[1]), False, None, term, way=way)
 
 
 def _fused_arguments(case: tuple[Any, ...], dtype: torch.dtype) -> tuple[torch.Tensor, Any, int]:
@@ -233,9 +248,9 @@ def test_fused_paths(simt: SimtLibrary, case: tuple[Any, ...], dtype: torch.dtyp
         if way == "rows" and x.shape[0] > 17:
             continue
         simt.schedule(list(SCHEDULES)[(case[0] + i) % 4], seed=case[0])
-        actual = linear4.fused(way, x, *base, n, None)
+        actual = _fused(way, x, base, n)
         _check_linear(actual, x, base, n, None, f"{way} {case}")
-        actual = linear4.fused(way, x, *base, n, None, term)
+        actual = _fused(way, x, base, n, term)
         _check_linear(actual, x, base, n, term, f"{way} {case} with LoRA")
 
 
@@ -243,10 +258,10 @@ def test_fused_paths(simt: SimtLibrary, case: tuple[Any, ...], dtype: torch.dtyp
 def test_row_and_batch_change_no_bit(simt: SimtLibrary, way: str) -> None:
     x, base, n = _fused_arguments((17, 24, 1056, 64, "nf4", True), torch.bfloat16)
     simt.schedule("random", seed=5)
-    whole = linear4.fused(way, x, *base, n, None)
+    whole = _fused(way, x, base, n)
     for rows in (slice(0, 1), slice(3, 11), slice(16, 17), slice(0, 16)):
         simt.schedule("starving", seed=6)
-        part = linear4.fused(way, x[rows].clone(), *base, n, None)
+        part = _fused(way, x[rows].clone(), base, n)
         assert_same_bits(part, whole[rows], f"{way} rows {rows}")
 
 
@@ -257,7 +272,7 @@ def test_integers_are_exact(simt: SimtLibrary) -> None:
     x = torch.randint(-3, 4, (12, 128)).bfloat16()
     expected = (x.float() @ (signs * 4).T).bfloat16()
     for way in ("mma", "rows"):
-        assert_same_bits(linear4.fused(way, x, *base, 20, None), expected, way)
+        assert_same_bits(_fused(way, x, base, 20), expected, way)
 
 
 def test_backend_says_what_it_is() -> None:
@@ -295,7 +310,9 @@ def test_every_kernel_was_executed(simt: SimtLibrary) -> None:
                     if row.refusal(sample.args) is None:
                         row.fn(*sample.args)
     x, base, n = _fused_arguments(FUSED[0], torch.bfloat16)
-    linear4.fused("mma", x, *base, n, None)
+    _fused("mma", x, base, n)
+    x, base, n = _fused_arguments((20, 128, 1024, 64, "nf4", True), torch.bfloat16)
+    _fused("wgmma", x, base, n)  # in parts
     executed = set(simt.library.simt_kernels().decode().split())
     in_source = set(re.findall(r'launch\("(\w+)"', "".join(path.read_text() for path in KERNELS)))
     assert executed == in_source
@@ -364,7 +381,7 @@ def test_a_mistake_in_a_real_kernel_is_caught(mutation: Mutation, tmp_path: Path
             library.schedule(schedule, seed=3)
             x, base, n = _fused_arguments(case, torch.bfloat16)
             try:
-                actual = linear4.fused(mutation.way, x, *base, n, None)
+                actual = _fused(mutation.way, x, base, n)
                 _check_linear(actual, x, base, n, None, mutation.name)
             except (RuntimeError, AssertionError):
                 caught += 1

@@ -57,11 +57,13 @@ def measure(case: Case, ruler: Ruler, ceiling: Ceiling, results: Results) -> Non
 
 
 def _broken(device: torch.device) -> bool:
-    """Whether the CUDA context is gone: after that every call of this process fails."""
+    """Whether this process can measure no more: the CUDA context is gone, or a capture that
+    failed has left the random generator unusable.
+    """
     if device.type != "cuda":
         return False
     try:
-        torch.zeros(1, device=device).item()
+        torch.randn(1, device=device).item()
     except RuntimeError:
         return True
     return False

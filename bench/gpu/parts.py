@@ -81,7 +81,7 @@ def _tests(context: Context) -> list[str] | str:
     if importlib.util.find_spec("pytest") is None:
         return "pytest is not installed"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.gpu.recorder"]
-    command += ["-p", "no:cacheprovider"]
+    command += ["-p", "no:cacheprovider", "-p", "no:benchmark"]  # it warns of workers
     if context.dry:
         return [*command, "tests/test_triton_interpret.py", "-k", "philox_dropout"]
     if importlib.util.find_spec("xdist") is not None:

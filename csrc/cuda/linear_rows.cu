@@ -52,16 +52,6 @@ __device__ __forceinline__ void load_activations(const void* x, int64_t i, float
     }
 }
 
-// Value of weight j of 8 packed codes: the high nibble of a byte comes first. `lane4` is 4 * lane;
-// an entry of the table has 128 bytes, so a shift, one three-way logic operation and the load do
-// it.
-__device__ __forceinline__ float code_value(SharedAddress table, uint32_t lane4, uint32_t w,
-                                            int j) {
-    int position = 8 * (j / 2) + (j % 2 == 0 ? 4 : 0); // of the nibble
-    uint32_t shifted = position < 7 ? w << (7 - position) : w >> (position - 7);
-    return load_shared_float(table + ((shifted & 0x780u) | lane4));
-}
-
 template <int kDtype, int kFormat, int kM>
 __device__ __forceinline__ void one_by_one(const RowsArgs& a, SharedAddress table, const float* map,
                                            float offset, int64_t first_m, int64_t first_n,

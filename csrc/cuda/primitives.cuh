@@ -71,10 +71,18 @@ using SharedAddress = uint32_t;
 __device__ __forceinline__ SharedAddress shared_address(const void* p) {
     return (uint32_t)__cvta_generic_to_shared(p);
 }
+// Byte of an address within the block's shared memory.
+__device__ __forceinline__ uint32_t shared_offset(const void* p) { return shared_address(p); }
 // fp16 to fp32 in one instruction (convert.h does it in integers).
 __device__ __forceinline__ float half_to_float(uint16_t h) {
     float r;
     asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(h));
+    return r;
+}
+// Byte i of the result is the byte of (b, a) that nibble i of `select`, 0 to 7, picks.
+__device__ __forceinline__ uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t select) {
+    uint32_t r;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(select));
     return r;
 }
 __device__ __forceinline__ uint32_t load_shared_word(SharedAddress a) {

@@ -10,88 +10,110 @@ constexpr int kWarps = kThreads / 32;
 constexpr int64_t kMaxBlocks = 1056; // 8 blocks on each of 132 multiprocessors, then loop
 
 // --- dequantize: fp32 code * fp32 absmax, rounded once ------------------------------------------
-// Traffic: 1/2 byte read and 2 or 4 written an element, so the instructions decide: one look-up in
-// a table of value pairs for each byte, 16-byte stores, indices in 32 bits inside a tile.
+// Traffic: 1/2 byte read and 2 or 4 written an element. A thread takes words of 16 bytes of output;
+// a code is looked up in a table that each lane has for itself ([code][lane], no bank conflicts).
+// What the next tile needs is on its way while this one is computed, and the first tile's before
+// the table is made.
 
 template <int kDtype>
 constexpr int kChunk = kDtype == kF32 ? 4 : 8; // elements of one 16-byte store
-constexpr int kChunks = 8;                     // such stores a thread has under way
-constexpr int kDequantizeThreads = 128;
+constexpr int kChunks = 4;                     // such stores of a thread in a tile
 template <int kDtype>
-constexpr int kTile = kDequantizeThreads * kChunk<kDtype> * kChunks; // multiple of a block's size
+constexpr int kTile = kThreads * kChunk<kDtype> * kChunks; // multiple of a block's size
 
-// The two values of byte i.
-__device__ __forceinline__ float2 pair_of(SharedAddress pairs, uint32_t w, int i) {
-    return load_shared_pair(pairs + ((i == 0 ? w << 3 : w >> (8 * i - 3)) & 0x7f8u));
-}
+// Stored values of a thread's share of a tile.
+template <bool kNested>
+struct Loaded {
+    uint32_t words[kChunks];
+    uint32_t codes[kNested ? kChunks : 1]; // of nested statistics
+    float scales[kChunks];                 // or the absmax of those
 
+    template <int kDtype>
+    __device__ __forceinline__ void load(const uint8_t* packed, const Scales& s, int block_shift,
+                                         int64_t tile, int tid) {
+        int64_t start = tile * kTile<kDtype>;
+        int64_t first_block = start >> block_shift;
+        Scales near = scales_from(s, first_block, kNested);
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) {
+            int at = (c * kThreads + tid) * kChunk<kDtype>;
+            const uint8_t* p = packed + (start >> 1) + at / 2;
+            words[c] = kDtype == kF32 ? load_once<uint16_t>(p) : load_once<uint32_t>(p);
+            uint32_t block = (uint32_t)at >> block_shift;
+            if (kNested) {
+                codes[kNested ? c : 0] = ((const uint8_t*)near.absmax)[block];
+                scales[c] = near.nested_absmax[nested_group((uint32_t)first_block, block)];
+            } else {
+                scales[c] = ((const float*)near.absmax)[block];
+            }
+        }
+    }
+};
+
+// The chunk's elements, rounded, to memory.
 template <int kDtype>
-__device__ __forceinline__ void store_chunk(void* out, SharedAddress pairs, uint32_t w, float s) {
+__device__ __forceinline__ void store_chunk(void* out, SharedAddress table, uint32_t lane4,
+                                            uint32_t w, float s) {
+    float v[kChunk<kDtype>];
+#pragma unroll
+    for (int i = 0; i < kChunk<kDtype>; ++i)
+        v[i] = code_value(table, lane4, w, i) * s;
     uint32_t r[4];
-    if (kDtype == kF32) {
-        for (int i = 0; i < 2; ++i) {
-            float2 v = pair_of(pairs, w, i);
-            r[2 * i] = float_bits(v.x * s);
-            r[2 * i + 1] = float_bits(v.y * s);
-        }
-    } else {
-        for (int i = 0; i < 4; ++i) {
-            float2 v = pair_of(pairs, w, i);
-            r[i] = pack2<kDtype == kF32 ? kBF16 : kDtype>(v.x * s, v.y * s);
-        }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        constexpr int kHalf = kDtype == kF32 ? kBF16 : kDtype;
+        if (kDtype == kF32)
+            r[i] = float_bits(v[i]);
+        else
+            r[i] = pack2<kHalf>(v[2 * i % kChunk<kDtype>], v[(2 * i + 1) % kChunk<kDtype>]);
     }
     store_once(out, uint4{r[0], r[1], r[2], r[3]});
 }
 
 template <int kDtype, bool kNested>
-__global__ void __launch_bounds__(kDequantizeThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     dequantize_4bit_kernel(const uint8_t* packed, Scales scales, int quant_type, int block_shift,
                            int64_t numel, bool aligned, void* out) {
-    PK_SHARED(float2, pairs, 256);
+    PK_SHARED(float, values, 16 * 32);
     PK_SHARED(float, map, 256);
-    const float* values = codebook(quant_type);
     int tid = (int)threadIdx.x;
-    for (int i = tid; i < 256; i += kDequantizeThreads)
-        pairs[i] = float2{values[i >> 4], values[i & 15]};
+    int64_t tiles = aligned ? numel / kTile<kDtype> : 0, tile = blockIdx.x;
+    Loaded<kNested> now, next;
+    if (tile < tiles)
+        now.template load<kDtype>(packed, scales, block_shift, tile, tid);
+    float offset = kNested ? *scales.nested_offset : 0.0f;
+    for (int i = tid; i < 16 * 32; i += kThreads)
+        values[i] = codebook(quant_type)[i / 32];
     if (kNested)
         load_dynamic_map(map);
     __syncthreads();
-    float offset = kNested ? *scales.nested_offset : 0.0f;
-    constexpr int kStep = kDequantizeThreads * kChunk<kDtype>;
 
-    SharedAddress table = shared_address(pairs);
-    int64_t tiles = aligned ? numel / kTile<kDtype> : 0;
-    for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-        int64_t start = tile * kTile<kDtype>;
-        const uint8_t* source = packed + (start >> 1) + tid * (kChunk<kDtype> / 2);
-        char* target = (char*)out + (start + tid * kChunk<kDtype>)*dtype_size(kDtype);
-        int64_t first_block = start >> block_shift;
-        Scales near = scales_from(scales, first_block, kNested);
-        uint32_t w[kChunks];
-        float s[kChunks];
+    SharedAddress table = shared_address(values);
+    uint32_t lane4 = 4u * (uint32_t)(tid % 32);
+    for (; tile < tiles; tile += gridDim.x) {
+        if (tile + gridDim.x < tiles)
+            next.template load<kDtype>(packed, scales, block_shift, tile + gridDim.x, tid);
+        char* target =
+            (char*)out + (tile * kTile<kDtype> + tid * kChunk<kDtype>)*dtype_size(kDtype);
 #pragma unroll
         for (int c = 0; c < kChunks; ++c) {
-            const uint8_t* p = source + c * kStep / 2;
-            w[c] = kDtype == kF32 ? load_once<uint16_t>(p) : load_once<uint32_t>(p);
+            float s = now.scales[c];
+            if (kNested)
+                s = nested_sum(map[now.codes[kNested ? c : 0]], s, offset);
+            store_chunk<kDtype>(target + c * kThreads * 16, table, lane4, now.words[c], s);
         }
-#pragma unroll
-        for (int c = 0; c < kChunks; ++c)
-            s[c] = near_scale<kNested>(near, map, offset, (uint32_t)first_block,
-                                       (uint32_t)(c * kStep + tid * kChunk<kDtype>) >> block_shift);
-#pragma unroll
-        for (int c = 0; c < kChunks; ++c)
-            store_chunk<kDtype>(target + c * kStep * (int)dtype_size(kDtype), table, w[c], s[c]);
+        now = next;
     }
 
     // What does not fill a tile, and everything where addresses are not aligned: byte by byte.
     int64_t rest = tiles * kTile<kDtype>;
-    for (int64_t i = rest + 2 * (blockIdx.x * (int64_t)kDequantizeThreads + tid); i < numel;
-         i += 2 * (int64_t)kDequantizeThreads * gridDim.x) {
-        float2 v = pairs[packed[i >> 1]];
+    for (int64_t i = rest + 2 * (blockIdx.x * (int64_t)kThreads + tid); i < numel;
+         i += 2 * (int64_t)kThreads * gridDim.x) {
+        uint32_t byte = packed[i >> 1];
         float s = scale_of<kNested>(scales, map, offset, i >> block_shift);
-        store_from_float(out, kDtype, i, v.x * s);
+        store_from_float(out, kDtype, i, values[byte >> 4 << 5] * s);
         if (i + 1 < numel)
-            store_from_float(out, kDtype, i + 1, v.y * s);
+            store_from_float(out, kDtype, i + 1, values[(byte & 15) << 5] * s);
     }
 }
 
@@ -99,10 +121,10 @@ template <int kDtype>
 int dequantize_4bit(const uint8_t* packed, Scales scales, int quant_type, int block_shift,
                     int64_t numel, void* out, void* stream) {
     bool aligned = (uintptr_t)packed % 4 == 0 && (uintptr_t)out % 16 == 0;
-    unsigned blocks = (unsigned)min64(ceil_div(numel, kTile<kDtype>), 2 * kMaxBlocks);
+    unsigned blocks = (unsigned)min64(ceil_div(numel, kTile<kDtype>), kMaxBlocks / 2);
     auto kernel = scales.nested_absmax ? dequantize_4bit_kernel<kDtype, true>
                                        : dequantize_4bit_kernel<kDtype, false>;
-    return launch("dequantize_4bit", kernel, blocks, kDequantizeThreads, 0, stream, packed, scales,
+    return launch("dequantize_4bit", kernel, blocks, kThreads, 0, stream, packed, scales,
                   quant_type, block_shift, numel, aligned, out);
 }
 

@@ -20,6 +20,16 @@ int pk_cuda_set_device(int device) {
     return error == cudaSuccess ? 0 : pk::kCudaStatus + (int)error;
 }
 
+// Bytes of shared memory that a block may have on a device; 0 if it cannot be asked.
+int64_t pk_cuda_shared_limit(int64_t device) {
+    int bytes = 0;
+    cudaError_t error =
+        cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, (int)device);
+    if (error != cudaSuccess)
+        (void)cudaGetLastError();
+    return error == cudaSuccess ? bytes : 0;
+}
+
 const char* pk_cuda_status_text(int status) {
     if (status < pk::kCudaStatus)
         return pk::status_text(status);

@@ -1,4 +1,4 @@
-// Block statistics of 4-bit weights, plain or nested, read in the kernel that needs them.
+// Block statistics and codes of 4-bit weights, read in the kernel that needs them.
 #pragma once
 
 #include "../common/block_codec.h"
@@ -38,14 +38,19 @@ __device__ __forceinline__ Scales scales_from(const Scales& s, int64_t block, bo
     return r;
 }
 
-// `first` is the block that scales_from was given.
-template <bool kNested>
-__device__ __forceinline__ float near_scale(const Scales& s, const float* map, float offset,
-                                            uint32_t first, uint32_t i) {
-    if (!kNested)
-        return ((const float*)s.absmax)[i];
-    uint32_t group = ((first & (uint32_t)(kNestedBlock - 1)) + i) >> kNestedShift;
-    return nested_sum(map[((const uint8_t*)s.absmax)[i]], s.nested_absmax[group], offset);
+// Where the nested absmax of block `first` + i stands; `first` is what scales_from was given.
+__device__ __forceinline__ uint32_t nested_group(uint32_t first, uint32_t i) {
+    return ((first & (uint32_t)(kNestedBlock - 1)) + i) >> kNestedShift;
+}
+
+// Value of weight j of 8 packed codes: the high nibble of a byte comes first. `lane4` is 4 * lane;
+// an entry of the table has 128 bytes, so a shift, one three-way logic operation and the load do
+// it.
+__device__ __forceinline__ float code_value(SharedAddress table, uint32_t lane4, uint32_t w,
+                                            int j) {
+    int position = 8 * (j / 2) + (j % 2 == 0 ? 4 : 0); // of the nibble
+    uint32_t shifted = position < 7 ? w << (7 - position) : w >> (position - 7);
+    return load_shared_float(table + ((shifted & 0x780u) | lane4));
 }
 
 } // namespace pk

@@ -17,6 +17,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 struct alignas(8) uint2 {
     uint32_t x, y;
@@ -201,6 +202,20 @@ inline float half_to_float(uint16_t h) { return f16_to_float(h); }
 
 using SharedAddress = uintptr_t;
 
+inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t select) {
+    uint64_t bytes = (uint64_t)b << 32 | a;
+    uint32_t r = 0;
+    for (int i = 0; i < 4; ++i) {
+        uint32_t pick = select >> 4 * i & 15;
+        if (pick > 7)
+            simt::fail("byte_permute: nibble %d of the selector is %u", i, pick);
+        r |= (uint32_t)(bytes >> 8 * pick & 0xff) << 8 * i;
+    }
+    return r;
+}
+inline uint32_t shared_offset(const void* p) {
+    return (uint32_t)((const char*)p - simt::shared_base());
+}
 inline SharedAddress shared_address(const void* p) { return (uintptr_t)p; }
 inline uint32_t load_shared_word(SharedAddress a) { return load_once<uint32_t>((const void*)a); }
 inline float load_shared_float(SharedAddress a) { return load_once<float>((const void*)a); }

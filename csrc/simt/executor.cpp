@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <set>
 #include <string>
 #include <vector>
@@ -19,7 +20,7 @@ namespace {
 constexpr size_t kStack = 128 * 1024;
 constexpr size_t kPage = 4096; // below each stack, never accessible
 
-enum class Wait { kNothing, kBlock, kWarp, kEnd };
+enum class Wait { kNothing, kBlock, kWarp, kCondition, kEnd };
 
 struct Fiber {
     ucontext_t context;
@@ -32,6 +33,11 @@ struct Fiber {
     Apply apply = nullptr;
     void* payload = nullptr;
     uint32_t mask = 0;
+    // of the condition it waits for
+    bool (*ready)(void*) = nullptr;
+    void* condition = nullptr;
+    // what it has seen of every thread, itself included
+    Clock clock;
     // cp.async: the group being filled, and committed groups, oldest first
     std::vector<PendingCopy> open_group;
     std::vector<std::vector<PendingCopy>> groups;
@@ -53,9 +59,7 @@ ucontext_t host;
 Fiber* running = nullptr;
 int threads = 0; // in the block
 int arrived = 0; // at the block barrier
-std::vector<uint32_t> warp_syncs;
 std::vector<int> priority;
-uint32_t barriers = 0;
 dim3 grid_dim, block_dim, block_at;
 int block_number = 0;
 void (*kernel_entry)(void*);
@@ -74,7 +78,12 @@ const char* base_name(const char* path) {
     return slash == nullptr ? path : slash + 1;
 }
 
-bool can_run(int i) { return fibers[(size_t)i].wait == Wait::kNothing; }
+bool can_run(int i) {
+    Fiber& f = fibers[(size_t)i];
+    if (f.wait == Wait::kCondition && f.ready(f.condition))
+        f.wait = Wait::kNothing;
+    return f.wait == Wait::kNothing;
+}
 
 int pick() {
     int from = running != nullptr ? running->thread : 0;
@@ -98,19 +107,26 @@ int pick() {
 
 // Nobody can run: either the block has ended, or threads wait for others that never come.
 void describe_deadlock() {
-    const Fiber *block = nullptr, *warp = nullptr, *ended = nullptr;
+    const Fiber *block = nullptr, *warp = nullptr, *condition = nullptr, *ended = nullptr;
     for (int i = 0; i < threads; ++i) {
         const Fiber& f = fibers[(size_t)i];
-        (f.wait == Wait::kBlock ? block : f.wait == Wait::kWarp ? warp : ended) = &f;
+        (f.wait == Wait::kBlock       ? block
+         : f.wait == Wait::kWarp      ? warp
+         : f.wait == Wait::kCondition ? condition
+                                      : ended) = &f;
     }
-    if (block == nullptr && warp == nullptr)
+    if (block == nullptr && warp == nullptr && condition == nullptr)
         return;
-    const Fiber& f = *(block != nullptr ? block : warp);
+    const Fiber& f = *(block != nullptr ? block : warp != nullptr ? warp : condition);
     char text[512];
-    snprintf(text, sizeof text,
-             "divergent barrier: thread %d waits in %s at %s:%d for threads that %s", f.thread,
-             f.what, base_name(f.site.file), f.site.line,
-             ended != nullptr ? "have ended" : "wait elsewhere");
+    if (f.wait == Wait::kCondition)
+        snprintf(text, sizeof text, "deadlock: thread %d waits in %s at %s:%d, which nobody ends",
+                 f.thread, f.what, base_name(f.site.file), f.site.line);
+    else
+        snprintf(text, sizeof text,
+                 "divergent barrier: thread %d waits in %s at %s:%d for threads that %s", f.thread,
+                 f.what, base_name(f.site.file), f.site.line,
+                 ended != nullptr ? "have ended" : "wait elsewhere");
     report = text;
     failed = true;
 }
@@ -118,6 +134,8 @@ void describe_deadlock() {
 void switch_to_next() {
     Fiber* from = running;
     int next = failed ? -1 : pick();
+    while (next < 0 && !failed && deliver_copy())
+        next = pick();
     if (next < 0) {
         if (!failed)
             describe_deadlock();
@@ -152,15 +170,16 @@ void prepare(Fiber& f, int thread) {
     makecontext(&f.context, fiber_main, 0);
     f.thread = thread;
     f.wait = Wait::kNothing;
+    f.clock.assign(kCopyEngine + 1, 0);
+    f.clock[(size_t)thread] = 1;
     f.open_group.clear();
     f.groups.clear();
 }
 
 void run_block(size_t shared_bytes) {
     begin_block(shared_bytes);
+    begin_copies();
     arrived = 0;
-    barriers = 0;
-    warp_syncs.assign((size_t)(threads + kWarp - 1) / kWarp, 0);
     priority.clear();
     for (int i = 0; i < threads; ++i) {
         prepare(fibers[(size_t)i], i);
@@ -189,7 +208,13 @@ std::vector<int> block_order(int blocks) {
 bool in_kernel() { return running != nullptr; }
 
 Stamp current_stamp() {
-    return {running->thread, block_number, barriers, warp_syncs[(size_t)running->thread / kWarp]};
+    return {running->thread, block_number, running->clock[(size_t)running->thread]};
+}
+
+bool seen(const Stamp& before) {
+    if (before.block != block_number)
+        return false; // blocks of one grid have no order
+    return before.thread == running->thread || running->clock[(size_t)before.thread] >= before.time;
 }
 
 bool on_current_stack(const void* p, size_t) {
@@ -198,7 +223,11 @@ bool on_current_stack(const void* p, size_t) {
 }
 
 void maybe_preempt() {
-    if (schedule == kRandom && dice.below(32) == 0)
+    if (schedule != kRandom)
+        return;
+    if (dice.below(64) == 0)
+        deliver_copy();
+    if (dice.below(32) == 0)
         switch_to_next();
 }
 
@@ -229,6 +258,52 @@ dim3 block_size() { return block_dim; }
 dim3 grid_size() { return grid_dim; }
 int lane() { return running->thread % kWarp; }
 
+uint32_t now() { return running->clock[(size_t)running->thread]; }
+int running_thread() { return running->thread; }
+int block_threads() { return threads; }
+int choose(int n) { return dice.below(n); }
+bool eager_copies() { return schedule == kAscending; }
+
+namespace {
+
+void join(Clock& into, const Clock& from) {
+    for (int i = 0; i < threads; ++i)
+        into[(size_t)i] = std::max(into[(size_t)i], from[(size_t)i]);
+    into[kCopyEngine] = std::max(into[kCopyEngine], from[kCopyEngine]);
+}
+
+// All threads of a barrier know what each of them knew.
+void meet(const std::vector<Fiber*>& group) {
+    Clock common(kCopyEngine + 1, 0);
+    for (Fiber* f : group)
+        join(common, f->clock);
+    for (Fiber* f : group) {
+        f->clock = common;
+        ++f->clock[(size_t)f->thread];
+    }
+}
+
+} // namespace
+
+void publish(Clock& clock) {
+    join(clock, running->clock);
+    ++running->clock[(size_t)running->thread];
+}
+
+void learn(const Clock& clock) { join(running->clock, clock); }
+
+void block_until(bool (*ready)(void*), void* condition, const char* what, Site site) {
+    if (ready(condition))
+        return;
+    Fiber& self = *running;
+    self.wait = Wait::kCondition;
+    self.ready = ready;
+    self.condition = condition;
+    self.what = what;
+    self.site = site;
+    switch_to_next();
+}
+
 void barrier(Site site) {
     Fiber& self = *running;
     self.wait = Wait::kBlock;
@@ -242,9 +317,12 @@ void barrier(Site site) {
                      self.thread, site.line, f.thread, f.site.line);
         }
         arrived = 0;
-        ++barriers;
-        for (int i = 0; i < threads; ++i)
+        std::vector<Fiber*> group;
+        for (int i = 0; i < threads; ++i) {
             fibers[(size_t)i].wait = Wait::kNothing;
+            group.push_back(&fibers[(size_t)i]);
+        }
+        meet(group);
     }
     switch_to_next();
 }
@@ -280,8 +358,12 @@ void collective(const char* what, Apply apply, void* payload, uint32_t mask, Sit
             running = nullptr; // what it touches are the lanes' registers
             apply(payloads);
             running = &self;
-        } else {
-            ++warp_syncs[(size_t)first / kWarp]; // only __syncwarp orders memory
+        } else { // only __syncwarp orders memory
+            std::vector<Fiber*> group;
+            for (int i = 0; i < kWarp; ++i)
+                if (mask >> i & 1)
+                    group.push_back(&fibers[(size_t)(first + i)]);
+            meet(group);
         }
         for (int i = 0; i < kWarp; ++i)
             if (mask >> i & 1)

@@ -7,11 +7,15 @@
 //
 //   executor.cpp   fibers, scheduling, barriers, warp collectives, launches
 //   memory.cpp     shared and global memory: bounds, initialisation, races, cp.async in flight
+//   hopper.cpp     transaction barriers, bulk tensor copies, products of a warpgroup
 //   device.h       what a .cu file sees instead of the CUDA headers
+//   hopper.h       the same for csrc/cuda/hopper.cuh
 #pragma once
 
 #include <stddef.h>
 #include <stdint.h>
+
+#include <vector>
 
 struct dim3 {
     unsigned x, y, z;
@@ -59,6 +63,26 @@ void* dynamic_shared();
 void copy_async(void* shared, const void* global, int bytes, int source_bytes, Site site);
 void commit_async();
 void wait_async(int groups_left, Site site);
+
+// What a thread knows of the others: for each thread (and the copy engine) the latest moment whose
+// effects it surely sees. Barriers, warp barriers and transaction barriers pass this knowledge on.
+using Clock = std::vector<uint32_t>;
+constexpr int kCopyEngine = kMaxThreads; // its place in a Clock
+
+void publish(Clock& clock); // what the running thread knows is added; its later accesses are not
+void learn(const Clock& clock);
+uint32_t now();
+
+// Blocks the running thread until `ready()`, which others make true.
+void block_until(bool (*ready)(void*), void* condition, const char* what, Site site);
+int running_thread();
+int block_threads();
+int choose(int n); // a random number below n
+
+// Provided by hopper.cpp: outstanding copies of the block.
+void begin_copies();
+bool deliver_copy(); // false: there is none
+bool eager_copies(); // the schedule wants copies to land at once
 
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 

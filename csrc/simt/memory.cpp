@@ -17,15 +17,17 @@ namespace simt {
 namespace {
 
 constexpr size_t kRedZone = 64; // between two shared arrays; never accessible
-constexpr int kNobody = -1, kManyInWarp = -2, kMany = -3;
+constexpr int kNobody = -1;
 
 enum State : uint8_t { kClosed, kUninitialised, kReady, kInFlight };
 
 struct Cell {
     Stamp write;
-    Stamp read; // thread may be kManyInWarp (`read_warp`) or kMany
-    int read_warp = -1;
-    bool atomic = false; // the last write was atomic
+    Stamp read;                // the only reader since, unless
+    std::vector<Stamp> others; // more came that do not know of each other
+    bool other_blocks = false; // threads of several blocks have read it
+    bool atomic = false;       // the last write was atomic
+    bool held = false;         // a product reads it: see `holders`
     State state = kClosed;
 };
 
@@ -36,7 +38,7 @@ struct Region {
     std::vector<Cell> cells;
 };
 
-alignas(128) char shared_bytes[kSharedBytes];
+alignas(1024) char shared_bytes[kSharedBytes];
 Region shared = {"shared memory", shared_bytes, kSharedBytes, std::vector<Cell>(kSharedBytes)};
 size_t shared_used;
 std::map<const void*, void*> shared_arrays;
@@ -58,43 +60,36 @@ Region* region_of(const void* p, size_t bytes) {
     return nullptr;
 }
 
-// Whether everything done at `before` by that thread is visible to `now`.
-bool ordered(const Stamp& before, const Stamp& now) {
-    if (before.block != now.block)
-        return false; // blocks of one grid have no order
-    if (before.thread == now.thread || before.barriers < now.barriers)
-        return true;
-    return before.thread / kWarp == now.thread / kWarp && before.warp_syncs < now.warp_syncs;
-}
-
-bool reads_ordered(const Cell& c, const Stamp& now) {
-    if (c.read.thread == kNobody)
-        return true;
-    if (c.read.block != now.block)
+bool reads_seen(const Cell& c) {
+    if (c.other_blocks || (c.read.thread != kNobody && !seen(c.read)))
         return false;
-    if (c.read.barriers < now.barriers)
-        return true;
-    if (c.read.thread == kManyInWarp)
-        return c.read_warp == now.thread / kWarp && c.read.warp_syncs < now.warp_syncs;
-    return c.read.thread != kMany && ordered(c.read, now);
+    for (const Stamp& other : c.others)
+        if (!seen(other))
+            return false;
+    return true;
 }
 
 void note_read(Cell& c, const Stamp& now) {
-    int warp = now.thread / kWarp;
-    bool fresh = reads_ordered(c, now);
-    bool same = c.read.thread == now.thread && c.read.block == now.block;
-    int who = now.thread;
-    if (!fresh && !same)
-        who = c.read_warp == warp && c.read.block == now.block ? kManyInWarp : kMany;
-    c.read = now;
-    c.read.thread = who;
-    c.read_warp = warp;
+    if (c.read.thread == kNobody || seen(c.read)) {
+        c.read = now; // whoever sees this read also sees the earlier one
+        return;
+    }
+    c.other_blocks |= c.read.block != now.block;
+    for (Stamp& other : c.others)
+        if (other.thread == now.thread && other.block == now.block) {
+            other = now;
+            return;
+        }
+    c.others.push_back(now);
 }
+
+std::vector<uint8_t> holders(kSharedBytes); // products in flight that read a byte of shared memory
 
 void race(const Region& r, size_t offset, const char* what, int other, const Stamp& now) {
     if (other >= 0)
-        fail("race in %s at byte %zu: thread %d %s what thread %d touched with no barrier between",
-             r.name.c_str(), offset, now.thread, what, other);
+        fail("race in %s at byte %zu: thread %d %s what %s %d touched with no barrier between",
+             r.name.c_str(), offset, now.thread, what,
+             other == kCopyEngine ? "the copy engine" : "thread", other);
     fail("race in %s at byte %zu: thread %d %s what several threads read with no barrier between",
          r.name.c_str(), offset, now.thread, what);
 }
@@ -109,17 +104,21 @@ void check_cell(Region& r, size_t offset, Access access, const Stamp& now) {
     if (access != Access::kWrite && c.state == kUninitialised)
         fail("uninitialised read of byte %zu of %s", offset, r.name.c_str());
     bool both_atomic = access == Access::kAtomic && c.atomic;
-    if (c.write.thread != kNobody && !both_atomic && !ordered(c.write, now))
+    if (c.write.thread != kNobody && !both_atomic && !seen(c.write))
         race(r, offset, access == Access::kRead ? "reads" : "writes", c.write.thread, now);
     if (access == Access::kRead) {
         note_read(c, now);
         return;
     }
-    if (!reads_ordered(c, now))
-        race(r, offset, "writes", c.read.thread, now);
+    if (!reads_seen(c))
+        race(r, offset, "writes", c.others.empty() ? c.read.thread : kNobody, now);
+    if (c.held)
+        fail("byte %zu of %s is written while a product reads it", offset, r.name.c_str());
     c.write = now;
     c.atomic = access == Access::kAtomic;
     c.read = Stamp();
+    c.others.clear();
+    c.other_blocks = false;
     c.state = kReady;
 }
 
@@ -147,6 +146,7 @@ void begin_block(size_t dynamic_bytes) {
     for (size_t i = 0; i < shared_used + kRedZone && i < kSharedBytes; ++i)
         shared.cells[i] = Cell();
     shared_arrays.clear();
+    holders.assign(kSharedBytes, 0);
     shared_used = 0;
     open_cells(0, dynamic_bytes);
     shared_used = dynamic_bytes;
@@ -225,9 +225,55 @@ void finish_copy(const PendingCopy& copy) {
         c.state = kReady;
         c.write = current_stamp();
         c.atomic = false;
+        c.read = Stamp();
     }
     memcpy(copy.shared, copy.global, (size_t)copy.source_bytes);
     memset((char*)copy.shared + copy.source_bytes, 0, (size_t)(copy.bytes - copy.source_bytes));
+}
+
+const char* shared_base() { return shared_bytes; }
+
+void promise_bytes(const void* p, size_t bytes) {
+    check_access(p, bytes, Access::kWrite, false);
+    size_t offset = (size_t)((const char*)p - shared.base);
+    for (size_t i = 0; i < bytes; ++i) {
+        shared.cells[offset + i].state = kInFlight;
+        shared_bytes[offset + i] = (char)0xff;
+    }
+}
+
+void land_bytes(void* p, const void* source, size_t bytes, const Stamp& when) {
+    size_t offset = (size_t)((const char*)p - shared.base);
+    for (size_t i = 0; i < bytes; ++i) {
+        shared.cells[offset + i].state = kReady;
+        shared.cells[offset + i].write = when;
+    }
+    if (source != nullptr)
+        memcpy(p, source, bytes);
+    else
+        memset(p, 0, bytes);
+}
+
+void hold_bytes(const void* p, size_t bytes, const std::vector<uint32_t>& fence_times) {
+    check_access(p, bytes, Access::kRead, false);
+    size_t offset = (size_t)((const char*)p - shared.base);
+    for (size_t i = offset; i < offset + bytes; ++i) {
+        Cell& c = shared.cells[i];
+        if (c.write.thread != kCopyEngine && fence_times[(size_t)c.write.thread] <= c.write.time)
+            fail("byte %zu of %s is read by a product, but thread %d has not fenced its store", i,
+                 shared.name.c_str(), c.write.thread);
+        c.held = ++holders[i] != 0;
+    }
+}
+
+void release_bytes(const void* p, size_t bytes) {
+    size_t offset = (size_t)((const char*)p - shared.base);
+    Stamp now = current_stamp();
+    for (size_t i = offset; i < offset + bytes; ++i) {
+        Cell& c = shared.cells[i];
+        c.held = --holders[i] != 0;
+        note_read(c, now);
+    }
 }
 
 } // namespace simt

@@ -7,50 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from peftkern.ops.bases import Base
 from peftkern.triton_kernels.launch import interpreting, launch, table
 from peftkern.tuning.configs import LinearConfig, linear_config
 from peftkern.tuning.model import fused_low_rank_wins, fused_quantized_wins
 from peftkern.tuning.tables import lookup
 
 _HALVES = (torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class Base:
-    """A frozen matrix [rows, cols] in its storage.
-
-    Args:
-        weight: dense of the activation's dtype (row-major or transposed view), uint8 or int8.
-        absmax: fp32 or nested uint8 statistics of a 4-bit base, fp32 SCB of int8, else ``None``.
-        nested_absmax: fp32, or ``None``.
-        nested_offset: fp32 [1], or ``None``.
-        format: ``"dense"``, ``"nf4"``, ``"fp4"`` or ``"int8"``.
-        blocksize: of a 4-bit base, else 0.
-        rows: out_features.
-        cols: in_features.
-    """
-
-    weight: Tensor
-    absmax: Tensor | None
-    nested_absmax: Tensor | None
-    nested_offset: Tensor | None
-    format: str
-    blocksize: int
-    rows: int
-    cols: int
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """The base as a matrix [rows, cols] of ``dtype``."""
-        from peftkern.ops.quant4.triton import dequantize_4bit
-        from peftkern.ops.quant8.triton import dequantize_8bit
-
-        if self.absmax is None:
-            return self.weight
-        if self.format == "int8":
-            return dequantize_8bit(self.weight, self.absmax, dtype)
-        statistics = (self.absmax, self.nested_absmax, self.nested_offset)
-        shape = [self.rows, self.cols]
-        return dequantize_4bit(self.weight, *statistics, self.format, self.blocksize, shape, dtype)
 
 
 @dataclass(frozen=True)

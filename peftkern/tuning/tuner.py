@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from peftkern.ops.bases import Base
 from peftkern.triton_kernels.launch import reason
-from peftkern.triton_kernels.matmul import Base, fused, unfused
+from peftkern.triton_kernels.matmul import fused, unfused
 from peftkern.tuning.configs import LinearConfig, fits, linear_config
 from peftkern.tuning.tables import LinearEntry
 

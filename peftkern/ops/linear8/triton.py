@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from peftkern.ops.bases import Base
 from peftkern.registry import implementation
 from peftkern.triton_kernels.launch import refusal
-from peftkern.triton_kernels.matmul import Base, matmul
+from peftkern.triton_kernels.matmul import matmul
 
 
 def _forward_refusal(x: Tensor, codes: Tensor, scb: Tensor, bias: Tensor | None) -> str | None:

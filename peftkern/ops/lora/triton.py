@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from peftkern.ops.bases import Base
 from peftkern.registry import implementation
 from peftkern.triton_kernels.launch import refusal
-from peftkern.triton_kernels.matmul import Base, Dropout, LowRank, matmul
+from peftkern.triton_kernels.matmul import Dropout, LowRank, matmul
 from peftkern.triton_kernels.passes import adapter_gradient, down_gradient, shrink
 
 

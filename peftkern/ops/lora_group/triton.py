@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from peftkern.ops.bases import Base
 from peftkern.ops.lora_group.reference import columns_of
 from peftkern.registry import implementation
 from peftkern.triton_kernels.launch import refusal
-from peftkern.triton_kernels.matmul import Base, Dropout, LowRank, matmul
+from peftkern.triton_kernels.matmul import Dropout, LowRank, matmul
 from peftkern.triton_kernels.passes import adapter_gradient, down_gradient, shrink
 
 

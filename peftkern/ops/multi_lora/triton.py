@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peftkern.ops.bases import Base
 from peftkern.registry import implementation
 from peftkern.triton_kernels.launch import constant, launch, refusal
-from peftkern.triton_kernels.matmul import Base, Dropout, LowRank, finish, matmul
+from peftkern.triton_kernels.matmul import Dropout, LowRank, finish, matmul
 from peftkern.triton_kernels.passes import adapter_gradient, down_gradient, shrink
 
 _BLOCK_M, _BLOCK_R = 32, 32

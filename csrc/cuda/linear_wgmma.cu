@@ -1,0 +1,598 @@
+// out = x W^T, or dy W, for many rows on Hopper: weights in 4 or 8 bits are decoded inside the
+// product, dense ones are copied; a low-rank term u v^T joins the same sum as its first steps.
+//
+// A block keeps [64, 128 or 256 rows] x [128 outputs] of the result in registers and goes through
+// the depth in steps of 64, with a ring of stages in shared memory between three kinds of warps:
+//   one warp   asks the copy engine for x and for the stored weights (or the dense tile),
+//   four warps turn stored weights into the 16-bit tile (csrc/cuda/decode_tile.cuh),
+//   4 or 8 more multiply (wgmma) and write the result.
+// Each stage has three barriers: `stored` (the weights have come), `full` (everything is there) and
+// `empty` (the products have read it). Blocks are persistent and walk the tiles in bands of rows,
+// so that blocks at work together share weights and rows in L2.
+//
+// Depth too long for too few tiles is cut into parts; the parts end in a workspace and are added in
+// order by a second kernel. Everything about the order of sums follows from (M, N, K) alone.
+
+#include "decode_tile.cuh"
+#include "epilogue.cuh"
+
+namespace pk {
+namespace {
+
+enum Format : int { kDense = 0, kFourBit = 1, kInt8 = 2 };
+
+constexpr int kStep = 64;     // of the depth, 128 bytes of 16-bit values
+constexpr int kOutputs = 128; // of a tile
+constexpr int kWeightTile = kOutputs * kStep * 2;
+constexpr int kMaxStages = 8;
+constexpr int kSharedLimit = 227 * 1024;
+constexpr int kHead = 4096; // barriers and the dynamic map, before the stages
+constexpr int kMultiprocessors = 132;
+
+// kGroups: warpgroups that multiply; kSubs: 64-row products of each.
+template <int kFormat, int kGroups, int kSubs>
+struct Plan {
+    static constexpr int kRows = 64 * kGroups * kSubs;
+    static constexpr bool kDecodes = kFormat != kDense;
+    static constexpr int kMultiply = 128 * kGroups;
+    static constexpr int kDecode = kDecodes ? 128 : 0;
+    // 128 accumulators a thread do not fit into an equal share of the registers: warpgroups hand
+    // theirs to those that multiply, so the copying warp then needs a whole one around it.
+    static constexpr bool kMoveRegisters = kDecodes && kSubs == 2;
+    static constexpr int kThreads = kMultiply + kDecode + (kMoveRegisters ? 128 : 32);
+    static constexpr int kXTile = kRows * kStep * 2;
+    static constexpr int kStoredTile = kFormat == kFourBit ? kWeightTile / 4
+                                       : kFormat == kInt8  ? kWeightTile / 2
+                                                           : 0;
+    static constexpr int kStage = kXTile + kWeightTile + kStoredTile;
+    static constexpr int kFit = (kSharedLimit - kHead) / kStage;
+    static constexpr int kStages = kFit > kMaxStages ? kMaxStages : kFit;
+    static constexpr int kSharedBytes = kHead + kStages * kStage;
+};
+
+// Registers of a thread that multiplies, decodes or copies, where they move: what the launch gives
+// to 512 threads, 128 each.
+constexpr int kMultiplyRegisters = 192, kDecodeRegisters = 104, kCopyRegisters = 24;
+static_assert(8 * kMultiplyRegisters + 4 * kDecodeRegisters + 4 * kCopyRegisters <= 16 * 128,
+              "a warpgroup that asks for more than the others gave back waits for ever");
+
+struct Args {
+    TensorMap x, weight, u, v;
+    Scales scales; // of a 4-bit weight; kInt8: absmax is the row absmax
+    int quant_type;
+    int block_shift;
+    int64_t m, outputs, depth; // of the product
+    int64_t stored_rows, stored_cols;
+    int rank_steps; // steps of the low-rank term, before those of the depth
+    int steps;      // both together
+    int parts, steps_per_part;
+    int tiles_m, tiles_n;
+    float* workspace; // [parts, M, outputs]; null: one part, straight to the output
+    const void* bias;
+    void* out;
+    bool accumulate; // add to what `out` holds
+};
+
+struct Tile {
+    int64_t m, n;         // first row and output
+    int part, begin, end; // steps
+};
+
+constexpr int kBand = 8; // rows of tiles
+
+__device__ __forceinline__ Tile tile_at(const Args& a, int index, int rows) {
+    Tile t;
+    int tiles = a.tiles_m * a.tiles_n;
+    t.part = index / tiles;
+    int i = index % tiles;
+    int first = i / (kBand * a.tiles_n) * kBand;
+    int band = a.tiles_m - first < kBand ? a.tiles_m - first : kBand;
+    i -= first * a.tiles_n;
+    t.m = (first + i % band) * (int64_t)rows;
+    t.n = i / band * (int64_t)kOutputs;
+    t.begin = t.part * a.steps_per_part;
+    int end = t.begin + a.steps_per_part;
+    t.end = end < a.steps ? end : a.steps;
+    return t;
+}
+
+// Position in the ring of stages.
+template <int kStages>
+struct Ring {
+    int slot = 0;
+    uint32_t parity = 0;
+    __device__ __forceinline__ void advance() {
+        if (++slot == kStages) {
+            slot = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+struct Barriers {
+    uint64_t full[kMaxStages], empty[kMaxStages], stored[kMaxStages];
+};
+
+// --- the warp that asks for copies ------------------------------------------------------------
+template <class P, int kFormat, bool kAcross>
+__device__ __forceinline__ void copy_stages(const Args& a, Barriers* barriers,
+                                            unsigned char* stages) {
+    Ring<P::kStages> ring;
+    int tiles = a.tiles_m * a.tiles_n * a.parts;
+    for (int index = (int)blockIdx.x; index < tiles; index += (int)gridDim.x) {
+        Tile t = tile_at(a, index, P::kRows);
+        for (int step = t.begin; step < t.end; ++step) {
+            unsigned char* x = stages + ring.slot * P::kStage;
+            unsigned char* w = x + P::kXTile;
+            uint64_t* full = &barriers->full[ring.slot];
+            barrier_wait(&barriers->empty[ring.slot], ring.parity ^ 1);
+            bool low_rank = step < a.rank_steps;
+            int64_t k = (low_rank ? step : step - a.rank_steps) * (int64_t)kStep;
+            bool copies_weight = low_rank || kFormat == kDense;
+            barrier_arrive_expect(full, P::kXTile + (copies_weight ? kWeightTile : 0));
+            copy_box(x, low_rank ? &a.u : &a.x, t.m, k, full);
+            if (copies_weight) {
+                const TensorMap* map = low_rank ? &a.v : &a.weight;
+                if (kAcross) { // two boxes of 64 columns
+                    copy_box(w, map, k, t.n, full);
+                    copy_box(w + kWeightTile / 2, map, k, t.n + 64, full);
+                } else {
+                    copy_box(w, map, t.n, k, full);
+                }
+            } else {
+                uint64_t* stored = &barriers->stored[ring.slot];
+                barrier_arrive_expect(stored, P::kStoredTile);
+                int64_t row = kAcross ? k : t.n, col = kAcross ? t.n : k;
+                copy_box(w + kWeightTile, &a.weight, row, kFormat == kFourBit ? col / 2 : col,
+                         stored);
+            }
+            if (low_rank && P::kDecodes) // nothing to decode, but the phases go together
+                barrier_arrive(&barriers->stored[ring.slot]);
+            ring.advance();
+        }
+    }
+}
+
+// --- the warps that decode --------------------------------------------------------------------
+constexpr int kAhead = 4; // steps whose statistics are fetched together, as many before their use
+
+// A statistic as it is stored, on its way.
+struct RawScale {
+    float plain; // or the nested absmax
+    uint32_t code;
+};
+
+// Thread t makes bytes 128 t .. 128 t + 127 of the tile: the 64 weights of output t at this step of
+// the depth, or (kAcross) 64 outputs, the first or the second half, of row t % 64 of the depth.
+template <class P, int kFormat, bool kAcross, int kDtype, bool kNested>
+__device__ __forceinline__ void decode_stages(const Args& a, Barriers* barriers,
+                                              unsigned char* stages, const float* map, int t) {
+    float codes[16];
+    const float* values = codebook(a.quant_type);
+#pragma unroll
+    for (int i = 0; i < 16; ++i)
+        codes[i] = kFormat == kFourBit ? values[i] : 0.0f;
+    float offset = kNested ? *a.scales.nested_offset : 0.0f;
+    // Where this thread's run stands in the stored tile, whose chunks are exchanged as it arrived.
+    constexpr int kRunBytes = kFormat == kFourBit ? 32 : 64;
+    constexpr int kRowBytes = kAcross ? 2 * kRunBytes : kRunBytes;
+    int row = kAcross ? t % 64 : t;
+    int first_chunk = kAcross ? t / 64 * (kRunBytes / 16) : 0;
+    int exchange = row * kRowBytes >> 7 & (kRowBytes / 16 - 1);
+    const unsigned char* source = stages + P::kXTile + kWeightTile + row * kRowBytes;
+    unsigned char* target = stages + P::kXTile + t * 128;
+
+    Ring<P::kStages> ring;
+    int tiles = a.tiles_m * a.tiles_n * a.parts;
+    for (int index = (int)blockIdx.x; index < tiles; index += (int)gridDim.x) {
+        Tile tile = tile_at(a, index, P::kRows);
+        auto fetch = [&](int step) {
+            RawScale raw = {0.0f, 0};
+            int64_t k = (step - a.rank_steps) * (int64_t)kStep;
+            int64_t r = kAcross ? k + row : tile.n + row;
+            int64_t c = kAcross ? tile.n + t / 64 * 64 : k;
+            if (step >= a.rank_steps && step < tile.end && r < a.stored_rows && c < a.stored_cols) {
+                int64_t block = kFormat == kInt8 ? r : (r * a.stored_cols + c) >> a.block_shift;
+                if (kNested) {
+                    raw.code = ((const uint8_t*)a.scales.absmax)[block];
+                    raw.plain = a.scales.nested_absmax[block >> kNestedShift];
+                } else {
+                    raw.plain = ((const float*)a.scales.absmax)[block];
+                }
+            }
+            return raw;
+        };
+        RawScale now[kAhead], later[kAhead];
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j)
+            now[j] = fetch(tile.begin + j);
+        for (int first = tile.begin; first < tile.end; first += kAhead) {
+#pragma unroll
+            for (int j = 0; j < kAhead; ++j)
+                later[j] = fetch(first + kAhead + j);
+#pragma unroll
+            for (int j = 0; j < kAhead; ++j) {
+                int step = first + j;
+                if (step >= tile.end)
+                    break;
+                int at = ring.slot * P::kStage;
+                barrier_wait(&barriers->stored[ring.slot], ring.parity);
+                if (step >= a.rank_steps) { // else the copy engine brings v
+                    float scale =
+                        kNested ? nested_sum(map[now[j].code], now[j].plain, offset) : now[j].plain;
+                    decode_run<kFormat == kFourBit, kDtype>(source + at, first_chunk, exchange,
+                                                            target + at, t & 7, codes, scale);
+                    fence_async();
+                }
+                __syncwarp();
+                if (t % 32 == 0)
+                    barrier_arrive(&barriers->full[ring.slot]);
+                ring.advance();
+            }
+#pragma unroll
+            for (int j = 0; j < kAhead; ++j)
+                now[j] = later[j];
+        }
+    }
+}
+
+// --- the warps that multiply ------------------------------------------------------------------
+template <int kValue>
+struct Type {
+    static constexpr int value = kValue;
+};
+
+// The four lanes of a quad hold two neighbouring outputs each of the octets 0..3; afterwards lane t
+// of the quad holds octet t as a whole.
+__device__ __forceinline__ void gather_octets(uint32_t pairs[4], int t) {
+    uint32_t mine[4];
+#pragma unroll
+    for (int d = 0; d < 4; ++d) {
+        // To the lane d away goes its octet, from there comes a pair of ours.
+        int other = t ^ d;
+        uint32_t send = other == 0   ? pairs[0]
+                        : other == 1 ? pairs[1]
+                        : other == 2 ? pairs[2]
+                                     : pairs[3];
+        mine[d] = __shfl_xor_sync(0xffffffffu, send, d);
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        int from = t ^ j; // pair j came from lane j, in the exchange over the distance t ^ j
+        pairs[j] = from == 0 ? mine[0] : from == 1 ? mine[1] : from == 2 ? mine[2] : mine[3];
+    }
+}
+
+// Writes 64 rows x 128 outputs of one warpgroup.
+template <int kDtype>
+__device__ __forceinline__ void write_tile(const Args& a, const Tile& tile, int64_t first_row,
+                                           float (&acc)[64], int warp, int lane) {
+    int g = lane / 4, t = lane % 4;
+    int64_t row = first_row + 16 * warp + g;
+    if (a.workspace != nullptr) {
+#pragma unroll
+        for (int i = 0; i < 32; ++i) {
+            int64_t m = row + 8 * (i % 2), n = tile.n + 8 * (i / 2) + 2 * t;
+            if (m < a.m && n < a.outputs)
+                *(float2*)(a.workspace + (tile.part * a.m + m) * a.outputs + n) =
+                    float2{acc[2 * i], acc[2 * i + 1]};
+        }
+        return;
+    }
+    if (a.accumulate) {
+#pragma unroll
+        for (int i = 0; i < 32; ++i) {
+            int64_t m = row + 8 * (i % 2), n = tile.n + 8 * (i / 2) + 2 * t;
+            if (m < a.m && n < a.outputs) {
+                acc[2 * i] += load_as_float(a.out, kDtype, m * a.outputs + n);
+                acc[2 * i + 1] += load_as_float(a.out, kDtype, m * a.outputs + n + 1);
+            }
+        }
+        __syncwarp(); // other lanes write what this one has read
+    }
+    if (a.bias != nullptr) {
+#pragma unroll
+        for (int j = 0; j < 16; ++j) {
+            int64_t n = tile.n + 8 * j + 2 * t;
+            if (n < a.outputs) {
+                float left = load_as_float(a.bias, kDtype, n);
+                float right = load_as_float(a.bias, kDtype, n + 1);
+                acc[4 * j] += left, acc[4 * j + 2] += left;
+                acc[4 * j + 1] += right, acc[4 * j + 3] += right;
+            }
+        }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            uint32_t pairs[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                int at = 4 * (4 * j + i) + 2 * half;
+                pairs[i] = pack2<kDtype>(acc[at], acc[at + 1]);
+            }
+            gather_octets(pairs, t);
+            int64_t m = row + 8 * half, n = tile.n + 32 * j + 8 * t;
+            if (m < a.m && n < a.outputs)
+                *(uint4*)((uint16_t*)a.out + m * a.outputs + n) =
+                    uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
+        }
+}
+
+template <class P, int kSubs, bool kAcross, int kDtype>
+__device__ __forceinline__ void multiply_stages(const Args& a, Barriers* barriers,
+                                                const unsigned char* stages, int tid) {
+    int group = tid / 128, warp = tid / 32 % 4, lane = tid % 32;
+    Ring<P::kStages> ring;
+    int tiles = a.tiles_m * a.tiles_n * a.parts;
+    for (int index = (int)blockIdx.x; index < tiles; index += (int)gridDim.x) {
+        Tile tile = tile_at(a, index, P::kRows);
+        float acc[kSubs][64];
+        uint64_t* read = nullptr; // by the products under way before these
+        auto one_step = [&](auto type, bool first) {
+            constexpr int kType = decltype(type)::value;
+            barrier_wait(&barriers->full[ring.slot], ring.parity);
+            const unsigned char* x = stages + ring.slot * P::kStage;
+            const unsigned char* w = x + P::kXTile;
+#pragma unroll
+            for (int s = 0; s < kSubs; ++s)
+                product_touch(acc[s]);
+            product_begin();
+#pragma unroll
+            for (int k = 0; k < kStep / 16; ++k) {
+                auto right =
+                    operand_at<kAcross>(w + (kAcross ? 16 * 128 : 32) * k, kWeightTile / 2);
+#pragma unroll
+                for (int s = 0; s < kSubs; ++s)
+                    product<kType, kAcross>(
+                        acc[s], operand_at<false>(x + (kSubs * group + s) * 64 * 128 + 32 * k, 0),
+                        right, !first || k > 0);
+            }
+            product_commit();
+            product_wait<1>();
+            __syncwarp();
+            if (read != nullptr && lane == 0)
+                barrier_arrive(read);
+            read = &barriers->empty[ring.slot];
+            ring.advance();
+        };
+        int step = tile.begin;
+        if constexpr (kDtype != kBF16) // the low-rank term is bf16 whatever x is
+            for (; step < a.rank_steps && step < tile.end; ++step)
+                one_step(Type<kBF16>{}, step == tile.begin);
+        for (; step < tile.end; ++step)
+            one_step(Type<kDtype>{}, step == tile.begin);
+        product_wait<0>();
+#pragma unroll
+        for (int s = 0; s < kSubs; ++s)
+            product_touch(acc[s]);
+        __syncwarp();
+        if (lane == 0)
+            barrier_arrive(read);
+#pragma unroll
+        for (int s = 0; s < kSubs; ++s)
+            write_tile<kDtype>(a, tile, tile.m + (kSubs * group + s) * 64, acc[s], warp, lane);
+    }
+}
+
+template <int kFormat, bool kNested, bool kAcross, int kDtype, int kGroups, int kSubs>
+__global__ void __launch_bounds__(Plan<kFormat, kGroups, kSubs>::kThreads, 1)
+    linear_wgmma_kernel(const __grid_constant__ Args a) {
+#if defined(PK_HOPPER)
+    using P = Plan<kFormat, kGroups, kSubs>;
+    PK_DYNAMIC_SHARED(memory);
+    // Tiles start on 1024 bytes, the window that the exchange of chunks repeats in.
+    unsigned char* aligned = memory + (1024 - shared_offset(memory) % 1024) % 1024;
+    Barriers* barriers = (Barriers*)aligned;
+    float* map = (float*)(aligned + sizeof(Barriers));
+    unsigned char* stages = aligned + 2048;
+    static_assert(sizeof(Barriers) + 1024 <= 2048 && 2048 + 1024 <= kHead, "the head holds them");
+    int tid = (int)threadIdx.x;
+    if (tid == 0) {
+        for (int i = 0; i < P::kStages; ++i) {
+            barrier_init(&barriers->full[i], 1 + P::kDecode / 32);
+            barrier_init(&barriers->empty[i], P::kMultiply / 32);
+            barrier_init(&barriers->stored[i], 1);
+        }
+        barrier_init_done();
+    }
+    if (kNested)
+        load_dynamic_map(map);
+    __syncthreads();
+
+    if (tid < P::kMultiply) {
+        if constexpr (P::kMoveRegisters)
+            more_registers<kMultiplyRegisters>();
+        multiply_stages<P, kSubs, kAcross, kDtype>(a, barriers, stages, tid);
+    } else if (tid < P::kMultiply + P::kDecode) {
+        if constexpr (P::kMoveRegisters)
+            fewer_registers<kDecodeRegisters>();
+        if constexpr (P::kDecodes)
+            decode_stages<P, kFormat, kAcross, kDtype, kNested>(a, barriers, stages, map,
+                                                                tid - P::kMultiply);
+    } else {
+        if constexpr (P::kMoveRegisters)
+            fewer_registers<kCopyRegisters>();
+        if (tid == P::kMultiply + P::kDecode)
+            copy_stages<P, kFormat, kAcross>(a, barriers, stages);
+    }
+#endif
+}
+
+// Adds the parts of the depth in order.
+template <int kDtype>
+__global__ void __launch_bounds__(256)
+    add_wgmma_parts_kernel(const float* workspace, int parts, int64_t m, int64_t n,
+                           const void* bias, bool accumulate, void* out) {
+    int64_t count = m * n / 4; // n is a multiple of 8
+    for (int64_t i = blockIdx.x * (int64_t)256 + threadIdx.x; i < count;
+         i += gridDim.x * (int64_t)256) {
+        float4 sum = *(const float4*)(workspace + 4 * i);
+        for (int p = 1; p < parts; ++p) {
+            float4 v = *(const float4*)(workspace + p * m * n + 4 * i);
+            sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+        }
+        if (bias != nullptr) {
+            int64_t column = 4 * i % n;
+            sum.x += load_as_float(bias, kDtype, column);
+            sum.y += load_as_float(bias, kDtype, column + 1);
+            sum.z += load_as_float(bias, kDtype, column + 2);
+            sum.w += load_as_float(bias, kDtype, column + 3);
+        }
+        if (accumulate) {
+            sum.x += load_as_float(out, kDtype, 4 * i);
+            sum.y += load_as_float(out, kDtype, 4 * i + 1);
+            sum.z += load_as_float(out, kDtype, 4 * i + 2);
+            sum.w += load_as_float(out, kDtype, 4 * i + 3);
+        }
+        *(uint2*)((uint16_t*)out + 4 * i) =
+            uint2{pack2<kDtype>(sum.x, sum.y), pack2<kDtype>(sum.z, sum.w)};
+    }
+}
+
+// --- how a product is cut ---------------------------------------------------------------------
+struct Cut {
+    int rows; // of a tile: 64, 128 or 256
+    int parts;
+};
+
+// The cheapest cut by a model in clocks: a step of a tile takes what its products need (4 clocks a
+// row) or its decoding does, a tile another 1500 to fill the ring and to write, and a part writes
+// and reads 4 bytes for each output at 20 bytes a clock and multiprocessor.
+Cut cut_of(int64_t m, int64_t outputs, int64_t depth, int format) {
+    Cut best = {64, 1};
+    double least = 1e300;
+    int64_t steps = ceil_div(depth, kStep), columns = ceil_div(outputs, kOutputs);
+    for (int rows = 64; rows <= 256; rows *= 2) {
+        if (rows > 64 && m <= rows / 2)
+            break;
+        int64_t tiles = ceil_div(m, rows) * columns;
+        double clocks = 4.0 * rows, decode = format == kDense ? 0.0 : 400.0;
+        clocks = clocks < decode ? decode : clocks;
+        for (int parts = 1; parts <= 16 && steps / parts >= 4; parts *= 2) {
+            double waves = (double)ceil_div(tiles * parts, kMultiprocessors);
+            double cost = waves * ((double)ceil_div(steps, parts) * clocks + 1500.0);
+            if (parts > 1)
+                cost += 1500.0 + (double)(m * outputs * 8 * parts) / (20.0 * kMultiprocessors);
+            if (cost < least) {
+                least = cost;
+                best = {rows, parts};
+            }
+        }
+    }
+    return best;
+}
+
+template <int kFormat, bool kNested, bool kAcross, int kDtype>
+int run(const Args& a, int rows, void* stream) {
+    unsigned tiles = (unsigned)(a.tiles_m * a.tiles_n * a.parts);
+    unsigned blocks = tiles < (unsigned)kMultiprocessors ? tiles : (unsigned)kMultiprocessors;
+    if (rows == 64)
+        return launch("linear_wgmma", linear_wgmma_kernel<kFormat, kNested, kAcross, kDtype, 1, 1>,
+                      blocks, Plan<kFormat, 1, 1>::kThreads, Plan<kFormat, 1, 1>::kSharedBytes,
+                      stream, a);
+    if (rows == 128)
+        return launch("linear_wgmma", linear_wgmma_kernel<kFormat, kNested, kAcross, kDtype, 2, 1>,
+                      blocks, Plan<kFormat, 2, 1>::kThreads, Plan<kFormat, 2, 1>::kSharedBytes,
+                      stream, a);
+    return launch("linear_wgmma", linear_wgmma_kernel<kFormat, kNested, kAcross, kDtype, 2, 2>,
+                  blocks, Plan<kFormat, 2, 2>::kThreads, Plan<kFormat, 2, 2>::kSharedBytes, stream,
+                  a);
+}
+
+template <int kFormat, bool kNested>
+int run(const Args& a, int rows, bool across, int dtype, void* stream) {
+    if (dtype == kBF16)
+        return across ? run<kFormat, kNested, true, kBF16>(a, rows, stream)
+                      : run<kFormat, kNested, false, kBF16>(a, rows, stream);
+    return across ? run<kFormat, kNested, true, kF16>(a, rows, stream)
+                  : run<kFormat, kNested, false, kF16>(a, rows, stream);
+}
+
+} // namespace
+} // namespace pk
+
+extern "C" {
+
+// How pk_cuda_linear_wgmma is cut best: 1000 * rows of a tile + parts of the depth. Parts need a
+// workspace of parts * m * outputs floats.
+int64_t pk_cuda_linear_wgmma_cut(int64_t m, int64_t outputs, int64_t depth, int64_t format) {
+    pk::Cut cut = pk::cut_of(m, outputs, depth, (int)format);
+    return 1000 * cut.rows + cut.parts;
+}
+
+// out [M, outputs] (+)= x [M, depth] W^T (+ u v^T) (+ bias); `across`: x W, so depth counts the
+// rows of W [stored_rows, stored_cols]. bf16 or fp16; format 0 dense, 1 four bits (blocks of 64 or
+// more), 2 int8. u [M, rank] and v [outputs, rank] (across: [rank, outputs]) are bf16. Rows of
+// everything are multiples of 16 bytes, depth of 64 for 4 bits, addresses of 16 bytes.
+int pk_cuda_linear_wgmma(const void* x, int dtype, int64_t m, int64_t stored_rows,
+                         int64_t stored_cols, int across, int format, const void* weight,
+                         const void* absmax, const float* nested_absmax, const float* nested_offset,
+                         int quant_type, int block_shift, const void* bias, const void* u,
+                         const void* v, int rank, int rows, int parts, float* workspace,
+                         int accumulate, void* out, void* stream) {
+    int64_t outputs = across ? stored_cols : stored_rows,
+            depth = across ? stored_rows : stored_cols;
+    bool fits = (dtype == pk::kBF16 || dtype == pk::kF16) && m >= 1 && outputs >= 1 && depth >= 1 &&
+                outputs % 8 == 0 && depth % 8 == 0 && rank % 8 == 0 && (uintptr_t)out % 16 == 0 &&
+                m < ((int64_t)1 << 31) && outputs < ((int64_t)1 << 31) &&
+                depth < ((int64_t)1 << 31);
+    if (format == pk::kFourBit)
+        fits = fits && stored_cols % 64 == 0 && block_shift >= 6;
+    if (format == pk::kInt8)
+        fits = fits && stored_cols % 16 == 0;
+    fits = fits && (rows == 64 || rows == 128 || rows == 256) && parts >= 1;
+    if (!fits || (parts > 1 && workspace == nullptr))
+        return pk::kBadArgument;
+    pk::Args a = {};
+    constexpr int kRow = 128;
+    int status = pk::make_tensor_map(&a.x, x, 2, m, depth, 2 * depth, rows, kRow);
+    int box_rows = across ? pk::kStep : pk::kOutputs;
+    int element = format == pk::kDense ? 2 : 1;
+    int64_t columns = format == pk::kFourBit ? stored_cols / 2 : stored_cols;
+    int run_bytes = format == pk::kDense ? kRow : format == pk::kFourBit ? 32 : 64;
+    int box_bytes = across && format != pk::kDense ? 2 * run_bytes : run_bytes;
+    if (status == pk::kOk)
+        status = pk::make_tensor_map(&a.weight, weight, element, stored_rows, columns,
+                                     columns * element, box_rows, box_bytes);
+    if (status == pk::kOk && rank > 0)
+        status = pk::make_tensor_map(&a.u, u, 2, m, rank, 2 * rank, rows, kRow);
+    if (status == pk::kOk && rank > 0)
+        status = across
+                     ? pk::make_tensor_map(&a.v, v, 2, rank, outputs, 2 * outputs, pk::kStep, kRow)
+                     : pk::make_tensor_map(&a.v, v, 2, outputs, rank, 2 * rank, pk::kOutputs, kRow);
+    if (status != pk::kOk)
+        return status;
+    a.scales = {absmax, nested_absmax, nested_offset};
+    a.quant_type = quant_type;
+    a.block_shift = block_shift;
+    a.m = m, a.outputs = outputs, a.depth = depth;
+    a.stored_rows = stored_rows, a.stored_cols = stored_cols;
+    a.rank_steps = (int)pk::ceil_div(rank, pk::kStep);
+    a.steps = a.rank_steps + (int)pk::ceil_div(depth, pk::kStep);
+    a.steps_per_part = (int)pk::ceil_div(a.steps, parts);
+    a.parts = (int)pk::ceil_div(a.steps, a.steps_per_part);
+    a.tiles_m = (int)pk::ceil_div(m, rows);
+    a.tiles_n = (int)pk::ceil_div(outputs, pk::kOutputs);
+    a.workspace = a.parts > 1 ? workspace : nullptr;
+    a.bias = bias;
+    a.out = out;
+    a.accumulate = accumulate != 0;
+    if (format == pk::kDense)
+        status = pk::run<pk::kDense, false>(a, rows, across, dtype, stream);
+    else if (format == pk::kInt8)
+        status = pk::run<pk::kInt8, false>(a, rows, across, dtype, stream);
+    else if (nested_absmax != nullptr)
+        status = pk::run<pk::kFourBit, true>(a, rows, across, dtype, stream);
+    else
+        status = pk::run<pk::kFourBit, false>(a, rows, across, dtype, stream);
+    if (status != pk::kOk || a.workspace == nullptr)
+        return status;
+    unsigned blocks = (unsigned)pk::min64(pk::ceil_div(m * outputs, 1024), 1056);
+    auto kernel = dtype == pk::kBF16 ? pk::add_wgmma_parts_kernel<pk::kBF16>
+                                     : pk::add_wgmma_parts_kernel<pk::kF16>;
+    return pk::launch("add_wgmma_parts", kernel, blocks, 256, 0, stream, workspace, a.parts, m,
+                      outputs, bias, accumulate != 0, out);
+}
+}

@@ -1,0 +1,469 @@
+// The passes over activations that contract with a thin matrix, for 16-bit activations:
+//   shrink  s = scale * x̂ a^T         over the columns of x (S, and dS with a = B^T)
+//   outer   g = scale * s^T x̂         over the rows of x    (dA, and dB from dy)
+// with x̂ = dropout(x), its mask drawn again. Both read x once, in registers, and nothing but the
+// result is written: the floor is the bytes of x.
+//
+// A product does not care in which order its depth is summed, so a lane takes eight neighbours of a
+// row, 16 bytes, and they are the fragment: nothing is shuffled on the way from memory to mma.
+// fp32 operands are the sum of three bf16 (24 bits), so sums are as exact as fp32 ones.
+
+#include "../common/philox.h"
+#include "epilogue.cuh"
+
+namespace pk {
+namespace {
+
+// --- fp32 as bf16 parts -------------------------------------------------------------------------
+// Each pair (low, high) of values as `kParts` pairs of bf16 whose sum they are.
+template <int kParts>
+__device__ __forceinline__ void split_pair(float low, float high, uint32_t parts[kParts]) {
+#pragma unroll
+    for (int p = 0; p < kParts; ++p) {
+        parts[p] = pack2<kBF16>(low, high);
+        float l = low - bits_float(parts[p] << 16), h = high - bits_float(parts[p] & 0xffff0000u);
+        low = l == l ? l : 0.0f; // Inf - Inf: the first part says it all
+        high = h == h ? h : 0.0f;
+    }
+}
+
+// --- dropout ------------------------------------------------------------------------------------
+struct Dropout {
+    const int64_t* seed; // null: none
+    uint32_t threshold;
+    float scale; // 1 / (1 - p)
+};
+
+// A pair of 16-bit values under the mask words, rounded as dropout rounds.
+template <int kDtype>
+__device__ __forceinline__ uint32_t masked_pair(uint32_t pair, uint32_t low_word,
+                                                uint32_t high_word, const Dropout& d) {
+    float low = kDtype == kBF16 ? bits_float(pair << 16) : half_to_float((uint16_t)pair);
+    float high =
+        kDtype == kBF16 ? bits_float(pair & 0xffff0000u) : half_to_float((uint16_t)(pair >> 16));
+    return pack2<kDtype>(low_word >= d.threshold ? low * d.scale : 0.0f,
+                         high_word >= d.threshold ? high * d.scale : 0.0f);
+}
+
+// --- shrink -------------------------------------------------------------------------------------
+constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kStep = 64; // of the depth, for one warp
+
+struct ShrinkArgs {
+    const void* x; // [M, depth]
+    const void* a; // [rank, depth] by its strides
+    int a_dtype;
+    int64_t stride_rank, stride_depth;
+    int64_t m, depth;
+    int rank;
+    float scale;
+    Dropout dropout;
+    float* s; // [M, rank], rows `s_stride` apart
+    int64_t s_stride;
+    // The factors of the low-rank term as bf16 parts, for a matmul that takes them as more depth:
+    // u [M, columns] from s, v [outputs, columns] (across: [columns, outputs]) from `up`.
+    uint16_t* u;
+    uint16_t* v;
+    const void* up; // [outputs, rank], or across: [rank, outputs]
+    int up_dtype;
+    bool across;
+    bool whole; // up is bf16 itself: u = (high, low), v = (up, up); else (high, high, low) and
+                // (high, low, high)
+    float u_scale;
+    int64_t outputs;
+    int columns;
+    unsigned shrink_blocks; // the blocks behind them make v
+};
+
+__device__ __forceinline__ uint16_t part_of(float v, bool low) {
+    uint32_t parts[2];
+    split_pair<2>(v, v, parts);
+    return (uint16_t)(low ? parts[1] : parts[0]);
+}
+
+// Column c of u or v: which rank it belongs to, and whether it takes the low part.
+struct Column {
+    int rank;
+    bool used, low;
+    __device__ __forceinline__ Column(int c, const ShrinkArgs& a, bool of_u) {
+        int third = c / a.rank;
+        rank = c % a.rank;
+        used = third < (a.whole ? 2 : 3);
+        low = a.whole ? of_u && third == 1 : third == (of_u ? 2 : 1);
+    }
+};
+
+__device__ __forceinline__ void make_v(const ShrinkArgs& a, int64_t first, int64_t step) {
+    for (int64_t i = first; i < a.outputs * a.columns; i += step) {
+        int c = (int)(a.across ? i / a.outputs : i % a.columns);
+        int64_t o = a.across ? i % a.outputs : i / a.columns;
+        Column column(c, a, false);
+        uint16_t value = 0;
+        if (column.used)
+            value = part_of(
+                load_as_float(a.up, a.up_dtype,
+                              a.across ? column.rank * a.outputs + o : o * a.rank + column.rank),
+                column.low);
+        a.v[i] = value;
+    }
+}
+
+// 8 neighbours in depth of one row of a, as parts in pairs.
+template <int kDtype, int kParts>
+__device__ __forceinline__ void load_adapter(const ShrinkArgs& a, int r, int64_t k,
+                                             uint32_t parts[4][kParts]) {
+    bool inside = r < a.rank && k < a.depth;
+    if constexpr (kParts == 1) { // of x's dtype
+        uint4 w = {0, 0, 0, 0};
+        const uint16_t* p = (const uint16_t*)a.a + r * a.stride_rank + k * a.stride_depth;
+        if (inside && a.stride_depth == 1) {
+            w = *(const uint4*)p;
+        } else if (inside) {
+            uint32_t h[8];
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+                h[i] = p[i * a.stride_depth];
+            w = {h[0] | h[1] << 16, h[2] | h[3] << 16, h[4] | h[5] << 16, h[6] | h[7] << 16};
+        }
+        parts[0][0] = w.x, parts[1][0] = w.y, parts[2][0] = w.z, parts[3][0] = w.w;
+    } else {
+        float v[8] = {};
+        const float* p = (const float*)a.a + r * a.stride_rank + k * a.stride_depth;
+        if (inside && a.stride_depth == 1) {
+            float4 low = *(const float4*)p, high = *(const float4*)(p + 4);
+            v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
+            v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
+        } else if (inside) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+                v[i] = p[i * a.stride_depth];
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            split_pair<kParts>(v[2 * i], v[2 * i + 1], parts[i]);
+    }
+}
+
+// kRowTiles x 16 rows and 8 kTiles ranks a block; its warps share the depth.
+template <int kDtype, int kParts, int kTiles, int kRowTiles>
+__global__ void __launch_bounds__(kThreads) shrink_kernel(ShrinkArgs a) {
+    constexpr int kRows = 16 * kRowTiles, kRanks = 8 * kTiles;
+    PK_SHARED(float, partial, kWarps * kRows * kRanks);
+    int tid = (int)threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
+    if (blockIdx.x >= a.shrink_blocks) {
+        unsigned block = blockIdx.x - a.shrink_blocks;
+        if (blockIdx.y > 0)
+            return; // more ranks change nothing for v
+        make_v(a, block * (int64_t)kThreads + tid,
+               (gridDim.x - a.shrink_blocks) * (int64_t)kThreads);
+        return;
+    }
+    int64_t first_m = blockIdx.x * (int64_t)kRows;
+    int first_r = (int)blockIdx.y * kRanks;
+    uint64_t key = a.dropout.seed != nullptr ? (uint64_t)*a.dropout.seed : 0;
+    float acc[kRowTiles][kTiles][4] = {};
+
+    // Rows first_m + 16 i + g and 8 further, 8 elements from k + 8 t and 8 from k + 32 + 8 t on.
+    auto load = [&](int64_t k, uint4 x[kRowTiles][2][2]) {
+#pragma unroll
+        for (int i = 0; i < 2 * kRowTiles; ++i)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                int64_t m = first_m + 8 * i + g, c = k + 32 * half + 8 * t;
+                uint4 v = {0, 0, 0, 0};
+                if (m < a.m && c < a.depth)
+                    v = *(const uint4*)((const uint16_t*)a.x + m * a.depth + c);
+                x[i / 2][i % 2][half] = v;
+            }
+    };
+    uint4 x[kRowTiles][2][2], next[kRowTiles][2][2];
+    int64_t k = warp * kStep;
+    load(k, x);
+    for (; k < a.depth; k += kWarps * kStep) {
+        load(k + kWarps * kStep, next);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            int64_t c = k + 32 * half + 8 * t;
+            if (a.dropout.seed != nullptr) {
+#pragma unroll
+                for (int i = 0; i < 2 * kRowTiles; ++i) {
+                    uint4& v = x[i / 2][i % 2][half];
+                    uint64_t block = (uint64_t)((first_m + 8 * i + g) * a.depth + c) >> 2;
+                    Philox4 low = philox(key, block), high = philox(key, block + 1);
+                    v.x = masked_pair<kDtype>(v.x, low.w[0], low.w[1], a.dropout);
+                    v.y = masked_pair<kDtype>(v.y, low.w[2], low.w[3], a.dropout);
+                    v.z = masked_pair<kDtype>(v.z, high.w[0], high.w[1], a.dropout);
+                    v.w = masked_pair<kDtype>(v.w, high.w[2], high.w[3], a.dropout);
+                }
+            }
+#pragma unroll
+            for (int n = 0; n < kTiles; ++n) {
+                uint32_t b[4][kParts];
+                load_adapter<kDtype, kParts>(a, first_r + 8 * n + g, c, b);
+#pragma unroll
+                for (int i = 0; i < kRowTiles; ++i) {
+                    const uint4 &upper = x[i][0][half], &lower = x[i][1][half];
+                    const uint32_t first[4] = {upper.x, lower.x, upper.y, lower.y};
+                    const uint32_t second[4] = {upper.z, lower.z, upper.w, lower.w};
+#pragma unroll
+                    for (int p = 0; p < kParts; ++p) {
+                        mma_m16n8k16<kDtype>(acc[i][n], first, b[0][p], b[1][p], acc[i][n]);
+                        mma_m16n8k16<kDtype>(acc[i][n], second, b[2][p], b[3][p], acc[i][n]);
+                    }
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 4 * kRowTiles; ++i)
+            x[i / 4][i / 2 % 2][i % 2] = next[i / 4][i / 2 % 2][i % 2];
+    }
+
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+            for (int c = 0; c < 4; ++c)
+                partial[(warp * kRows + 16 * i + g + 8 * (c / 2)) * kRanks + 8 * n + 2 * t +
+                        c % 2] = acc[i][n][c];
+    __syncthreads();
+    for (int i = tid; i < kRows * kRanks; i += kThreads) {
+        int64_t m = first_m + i / kRanks;
+        int r = first_r + i % kRanks;
+        if (m >= a.m || r >= a.rank)
+            continue;
+        float sum = 0.0f;
+        for (int w = 0; w < kWarps; ++w)
+            sum += partial[w * kRows * kRanks + i];
+        sum *= a.scale;
+        a.s[m * a.s_stride + r] = sum;
+        if (a.u == nullptr)
+            continue;
+        uint16_t* u = a.u + m * a.columns;
+        for (int c = r; c < a.columns; c += a.rank) {
+            Column column(c, a, true);
+            u[c] = column.used ? part_of(sum * a.u_scale, column.low) : (uint16_t)0;
+        }
+    }
+}
+
+// --- outer --------------------------------------------------------------------------------------
+// More ranks need more registers, and leave fewer warps.
+template <int kTiles>
+constexpr int kOuterWarps = kTiles == 1 ? 16 : 8;
+constexpr int kColumns = 32; // of x a block; its warps share the rows
+constexpr int kUnit = 16;    // rows of one product
+
+struct OuterArgs {
+    const void* x;  // [M, C]
+    const float* s; // [M, rank], rows `s_stride` apart
+    int64_t s_stride;
+    int64_t m, c;
+    int rank;
+    float scale;
+    Dropout dropout;
+    void* out; // [rank, C], or transposed: [C, rank]
+    int out_dtype;
+    bool transposed;
+};
+
+// kTiles x 16 ranks a block. kParts: bf16 parts of s.
+template <int kDtype, int kParts, int kTiles>
+__global__ void __launch_bounds__(32 * kOuterWarps<kTiles>, 1) outer_kernel(OuterArgs a) {
+    constexpr int kShare = kOuterWarps<kTiles>;
+    PK_SHARED(float, partial, kShare * 16 * kColumns);
+    int tid = (int)threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
+    int64_t first_c = blockIdx.x * (int64_t)kColumns;
+    int first_r = (int)blockIdx.y * 16 * kTiles;
+    int64_t own_c = first_c + 4 * g;
+    uint64_t key = a.dropout.seed != nullptr ? (uint64_t)*a.dropout.seed : 0;
+    float acc[kTiles][4][4] = {};
+
+    // Rows m + 2 t, the next, and the two 8 further; four columns of each.
+    auto load = [&](int64_t m, uint2 x[4]) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            int64_t row = m + 2 * t + 8 * (i / 2) + i % 2;
+            x[i] = uint2{0, 0};
+            if (row < a.m && own_c < a.c)
+                x[i] = *(const uint2*)((const uint16_t*)a.x + row * a.c + own_c);
+        }
+    };
+    constexpr int kAhead = 2;
+    uint2 x[kAhead][4], next[kAhead][4];
+    constexpr int kTurn = kShare * kUnit * kAhead;
+    int64_t m = warp * kUnit * kAhead;
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i)
+        load(m + i * kUnit, x[i]);
+    for (; m < a.m; m += kTurn) {
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i)
+            load(m + kTurn + i * kUnit, next[i]);
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            int64_t row = m + i * kUnit + 2 * t;
+            if (a.dropout.seed != nullptr) {
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    int64_t at = (row + 8 * (j / 2) + j % 2) * a.c + own_c;
+                    Philox4 random = philox(key, (uint64_t)at >> 2);
+                    x[i][j].x = masked_pair<kDtype>(x[i][j].x, random.w[0], random.w[1], a.dropout);
+                    x[i][j].y = masked_pair<kDtype>(x[i][j].y, random.w[2], random.w[3], a.dropout);
+                }
+            }
+            uint32_t b[4][2]; // tile j: column 4 g + j
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const uint2 &low = x[i][2 * half], &high = x[i][2 * half + 1];
+                b[0][half] = byte_permute(low.x, high.x, 0x5410);
+                b[1][half] = byte_permute(low.x, high.x, 0x7632);
+                b[2][half] = byte_permute(low.y, high.y, 0x5410);
+                b[3][half] = byte_permute(low.y, high.y, 0x7632);
+            }
+#pragma unroll
+            for (int n = 0; n < kTiles; ++n) {
+                uint32_t parts[4][kParts];
+#pragma unroll
+                for (int j = 0; j < 4; ++j) { // ranks g and g + 8, rows as above
+                    int r = first_r + 16 * n + g + 8 * (j % 2);
+                    int64_t at = row + 8 * (j / 2);
+                    float low = r < a.rank && at < a.m ? a.s[at * a.s_stride + r] : 0.0f;
+                    float high = r < a.rank && at + 1 < a.m ? a.s[(at + 1) * a.s_stride + r] : 0.0f;
+                    if constexpr (kDtype == kBF16)
+                        split_pair<kParts>(low, high, parts[j]);
+                    else
+                        parts[j][0] = pack2<kDtype>(low, high);
+                }
+#pragma unroll
+                for (int p = 0; p < kParts; ++p) {
+                    const uint32_t left[4] = {parts[0][p], parts[1][p], parts[2][p], parts[3][p]};
+#pragma unroll
+                    for (int j = 0; j < 4; ++j)
+                        mma_m16n8k16<kDtype>(acc[n][j], left, b[j][0], b[j][1], acc[n][j]);
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i)
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                x[i][j] = next[i][j];
+    }
+
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+        if (n > 0)
+            __syncthreads();
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+#pragma unroll
+            for (int c = 0; c < 4; ++c)
+                partial[(warp * 16 + g + 8 * (c / 2)) * kColumns + 4 * (2 * t + c % 2) + j] =
+                    acc[n][j][c];
+        __syncthreads();
+        for (int i = tid; i < 16 * kColumns; i += 32 * kShare) {
+            int r = first_r + 16 * n + (a.transposed ? i % 16 : i / kColumns);
+            int column = a.transposed ? i / 16 : i % kColumns;
+            if (r >= a.rank || first_c + column >= a.c)
+                continue;
+            float sum = 0.0f;
+            for (int w = 0; w < kShare; ++w)
+                sum += partial[(w * 16 + (r - first_r) % 16) * kColumns + column];
+            int64_t at =
+                a.transposed ? (first_c + column) * a.rank + r : r * a.c + first_c + column;
+            store_from_float(a.out, a.out_dtype, at, sum * a.scale);
+        }
+    }
+}
+
+template <int kDtype, int kParts>
+int shrink(const ShrinkArgs& a, unsigned v_blocks, void* stream) {
+    int tiles = a.rank <= 16 ? 2 : a.rank <= 32 ? 4 : 8;
+    // Few rows are spread over more blocks; the order of the sums is the same.
+    bool two = tiles < 8 && a.m > 2048;
+    ShrinkArgs p = a;
+    p.shrink_blocks = (unsigned)ceil_div(a.m, two ? 32 : 16);
+    dim3 grid(p.shrink_blocks + v_blocks, (unsigned)ceil_div(a.rank, 8 * tiles));
+    auto kernel =
+        tiles == 2
+            ? (two ? shrink_kernel<kDtype, kParts, 2, 2> : shrink_kernel<kDtype, kParts, 2, 1>)
+        : tiles == 4
+            ? (two ? shrink_kernel<kDtype, kParts, 4, 2> : shrink_kernel<kDtype, kParts, 4, 1>)
+            : shrink_kernel<kDtype, kParts, 8, 1>;
+    return launch("shrink", kernel, grid, kThreads, 0, stream, p);
+}
+
+template <int kDtype, int kParts>
+int outer(const OuterArgs& a, void* stream) {
+    int tiles = a.rank <= 16 ? 1 : a.rank <= 32 ? 2 : 4;
+    dim3 grid((unsigned)ceil_div(a.c, kColumns), (unsigned)ceil_div(a.rank, 16 * tiles));
+    auto kernel = tiles == 1   ? outer_kernel<kDtype, kParts, 1>
+                  : tiles == 2 ? outer_kernel<kDtype, kParts, 2>
+                               : outer_kernel<kDtype, kParts, 4>;
+    return launch("outer", kernel, grid, tiles == 1 ? 512 : 256, 0, stream, a);
+}
+
+bool aligned16(const void* p) { return (uintptr_t)p % 16 == 0; }
+
+} // namespace
+} // namespace pk
+
+extern "C" {
+
+// s [M, rank] = scale * dropout(x) a^T; x [M, depth] and a of x's dtype, or x bf16 and a fp32;
+// depth a multiple of 8, x and rows of a on 16 bytes. u and v (both or none): see ShrinkArgs;
+// `columns` holds two (bf16 `up`) or three times the rank, rounded up to 8. A null seed means no
+// dropout.
+int pk_cuda_shrink(const void* x, int dtype, int64_t m, int64_t depth, const void* a, int a_dtype,
+                   int rank, int64_t stride_rank, int64_t stride_depth, float scale,
+                   const int64_t* seed, uint32_t threshold, float keep_scale, float* s,
+                   int64_t s_stride, void* u, void* v, const void* up, int up_dtype, int across,
+                   int64_t outputs, int columns, float u_scale, void* stream) {
+    bool halves = dtype == pk::kBF16 || dtype == pk::kF16;
+    bool fits = halves && depth % 8 == 0 && pk::aligned16(x) && rank >= 1 &&
+                (a_dtype == dtype || (a_dtype == pk::kF32 && dtype == pk::kBF16));
+    if (stride_depth == 1)
+        fits = fits && pk::aligned16(a) && stride_rank % 8 == 0;
+    if (fits && m == 0)
+        return pk::kOk;
+    if (!fits || (u == nullptr) != (v == nullptr))
+        return pk::kBadArgument;
+    pk::ShrinkArgs p = {};
+    p.x = x, p.a = a, p.a_dtype = a_dtype;
+    p.stride_rank = stride_rank, p.stride_depth = stride_depth;
+    p.m = m, p.depth = depth, p.rank = rank, p.scale = scale;
+    p.dropout = {seed, threshold, keep_scale};
+    p.s = s, p.s_stride = s_stride, p.u = (uint16_t*)u, p.v = (uint16_t*)v;
+    p.up = up, p.up_dtype = up_dtype, p.across = across != 0, p.whole = up_dtype == pk::kBF16;
+    p.u_scale = u_scale, p.outputs = outputs, p.columns = columns;
+    unsigned v_blocks =
+        v == nullptr ? 0 : (unsigned)pk::min64(pk::ceil_div(outputs * columns, 2048), 66);
+    if (dtype == pk::kF16)
+        return pk::shrink<pk::kF16, 1>(p, v_blocks, stream);
+    return a_dtype == pk::kF32 ? pk::shrink<pk::kBF16, 3>(p, v_blocks, stream)
+                               : pk::shrink<pk::kBF16, 1>(p, v_blocks, stream);
+}
+
+// out = scale * s^T dropout(x), [rank, C] or transposed [C, rank], for x [M, C] bf16 or fp16 (there
+// s is rounded to fp16, as eager torch does with fp16 adapters); C a multiple of 8, x on 16 bytes.
+int pk_cuda_outer(const void* x, int dtype, int64_t m, int64_t c, const float* s, int64_t s_stride,
+                  int rank, float scale, const int64_t* seed, uint32_t threshold, float keep_scale,
+                  void* out, int out_dtype, int transposed, void* stream) {
+    bool halves = dtype == pk::kBF16 || dtype == pk::kF16;
+    if (!halves || c % 8 != 0 || !pk::aligned16(x) || rank < 1)
+        return pk::kBadArgument;
+    if (c == 0)
+        return pk::kOk;
+    pk::OuterArgs p = {};
+    p.x = x, p.s = s, p.s_stride = s_stride;
+    p.m = m, p.c = c, p.rank = rank, p.scale = scale;
+    p.dropout = {seed, threshold, keep_scale};
+    p.out = out, p.out_dtype = out_dtype, p.transposed = transposed != 0;
+    if (dtype == pk::kF16)
+        return pk::outer<pk::kF16, 1>(p, stream);
+    return out_dtype == pk::kF32 ? pk::outer<pk::kBF16, 3>(p, stream)
+                                 : pk::outer<pk::kBF16, 2>(p, stream);
+}
+}

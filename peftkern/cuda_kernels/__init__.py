@@ -1,0 +1,1 @@
+"""What the CUDA C++ implementations of several op families share: which kernel takes a product."""
