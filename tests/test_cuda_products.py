@@ -1,4 +1,4 @@
-"""Products and thin passes on tensor cores, run by the SIMT executor at the edges of their tiles."""
+"""Products and thin passes on tensor cores, under the SIMT executor, at their tiles' edges."""
 
 from __future__ import annotations
 
