@@ -26,7 +26,7 @@ pytest.importorskip("triton")
 
 _ROOT = str(Path(__file__).parents[1])
 # Families that also run in the least tiles, and others that take more than a few seconds.
-_TILED = ("lora", "bottleneck", "prefix", "multi_lora")
+_TILED = ("lora", "dora", "bottleneck", "prefix", "multi_lora", "sparse_delta")
 _LONG = ("lora_group", "gated")
 
 

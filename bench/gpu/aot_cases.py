@@ -142,10 +142,39 @@ def _multi_lora_calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     yield "multi_lora_linear_backward", "4 adapters", (*saved, *base, *tail, True, True)
 
 
+def _dora_calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    seed = _meta(1, dtype=torch.int64)
+    for format, m, r, adapter, p in (
+        ("dense", 4096, 16, _FP32, 0.0),
+        ("dense", 4096, 64, _BF16, 0.1),
+        ("nf4", 4096, 16, _FP32, 0.1),
+        ("nf4", 8, 64, _FP32, 0.0),
+        ("int8", 4096, 32, _BF16, 0.0),
+    ):
+        base = _base(format, 64, format == "nf4")
+        x, dy, u = _meta(m, _K), _meta(m, _N), _meta(m, _N)
+        a, b = _meta(r, _K, dtype=adapter), _meta(_N, r, dtype=adapter)
+        s, scale = _meta(m, r, dtype=_FP32), _meta(_N, dtype=_FP32)
+        what = f"{format} m{m} r{r} {str(adapter).removeprefix('torch.')} p{p}"
+        tail = (a, b, scale, 2.0, p, seed if p else None)
+        yield "dora_linear", what, (x, *base, _N, _meta(_N), *tail, True)
+        yield "dora_linear_backward", what, (dy, x, s, u, *base, *tail, True, True, True)
+        yield "weight_norm_sq", what, (*base, _N, _K)
+        norm_sq = _meta(_N, dtype=torch.float64)
+        yield "dora_weight_norm", what, (*base, _N, a, b, 2.0, norm_sq)
+
+
 def launches() -> list[tuple[str, Launch]]:
     """(op and what is special, launch), each kernel and configuration once."""
     found: dict[tuple[Any, ...], tuple[str, Launch]] = {}
-    families = (_calls, _bottleneck_calls, _gated_calls, _prefix_calls, _multi_lora_calls)
+    families = (
+        _calls,
+        _bottleneck_calls,
+        _gated_calls,
+        _prefix_calls,
+        _multi_lora_calls,
+        _dora_calls,
+    )
     for op, what, args in (call for family in families for call in family()):
         row = next(r for r in registry.implementations(op, "cuda") if r.backend == "triton")
         with recording() as recorded, torch.no_grad():

@@ -6,7 +6,7 @@ know no GPU by name: any from compute capability 8.0 on is served.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peftkern.tuning.model import STORED_BYTES
 
@@ -187,3 +187,29 @@ def attention_config(depth: int, fp32: bool, backward: bool) -> RankConfig:
     else:
         tiles = (128, 64) if block_d <= 128 else (64, 32)
     return RankConfig(*tiles, block_d, 1, 8, 2)  # 4 warps spill under a mask
+
+
+def norm_config(rows: int, cols: int, rank: int, format: str) -> RankConfig:
+    """Tiles of ``W Aᵀ`` for DoRA's norms: rows and columns of the stored base times ranks.
+
+    A tile of a 4-bit base must not reach over the end of a row.
+    """
+    # Wider tiles of fp32 weights, whose products are split in three, spill on 8.0.
+    block_m, block_r = (64, 16) if rank <= 16 else (32, 32)
+    block_c = _divisor(cols, 64) if format in ("nf4", "fp4") else 64
+    programs = -(-rows // block_m) * -(-rank // block_r)
+    split = max(1, min(-(-_WANTED_PROGRAMS // max(programs, 1)), cols // 512))
+    return RankConfig(block_m, block_c, block_r, split, 4, 2)
+
+
+def column_config(m: int, fp32: bool) -> RankConfig:
+    """Tiles of the pass that adds a low-rank term to a finished product and scales its columns."""
+    return RankConfig(16 if m <= 16 else 32, 64 if fp32 else 128, 16, 1, 4, 1)
+
+
+def dora_gradient_config(m: int, features: int, rank: int, fp32: bool) -> RankConfig:
+    """Tiles of DoRA's pass over dY: those of LoRA's, with room for the columns' scales."""
+    config = adapter_gradient_config(m, features, rank)
+    if fp32 and config.block_c > 64:  # products split in three
+        return replace(config, block_c=64)
+    return config
