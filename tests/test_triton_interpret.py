@@ -75,24 +75,35 @@ def _smaller(config: Any) -> Any:
         changes |= {"split": 2, "block_o": max(32, config.group)}
     else:
         changes |= {"block_c": 16 if config.block_c < 64 else 32, "split": max(2, config.split)}
+        if hasattr(config, "programs"):  # several tiles for each
+            changes["programs"] = 3
     return dataclasses.replace(config, **changes)
 
 
 def _use_small_tiles() -> None:
-    """Every heuristic gives the least tiles; paths for many rows open with few."""
-    from peftkern.tuning import configs
+    """Heuristics give the least tiles, paths for many rows open with few, rules are reversed."""
+    from peftkern.tuning import configs, sparse
 
-    configs._WANTED_PROGRAMS = 4
-    functions = {name: value for name, value in vars(configs).items() if name.endswith("_config")}
+    configs._WANTED_PROGRAMS = sparse._WANTED_PROGRAMS = 4
+    found = {**vars(configs), **vars(sparse)}
+    functions = {name: value for name, value in found.items() if name.endswith("_config")}
+    rules = {name: value for name, value in vars(sparse).items() if name.endswith(("win", "wins"))}
     for module in [m for name, m in sys.modules.items() if name.startswith("peftkern.")]:
         for name, function in functions.items():
             if getattr(module, name, None) is function:
                 small = functools.partial(_call_smaller, function)
                 setattr(module, name, small)
+        for name, rule in rules.items():
+            if getattr(module, name, None) is rule:
+                setattr(module, name, functools.partial(_call_reversed, rule))
 
 
 def _call_smaller(function: Any, *args: Any) -> Any:
     return _smaller(function(*args))
+
+
+def _call_reversed(rule: Any, *args: Any) -> bool:
+    return not rule(*args)
 
 
 def _run_family(family: str, dtypes: tuple[torch.dtype, ...] | None) -> dict[str, dict[str, Any]]:

@@ -164,6 +164,31 @@ def _dora_calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield "dora_weight_norm", what, (*base, _N, a, b, 2.0, norm_sq)
 
 
+def _sparse_calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    for format, m, entries, kind in (
+        ("dense", 4096, _N * _K // 100, _FP32),
+        ("dense", 128, _N * _K // 100, _FP32),
+        ("nf4", 1, _N * _K // 100, _FP32),
+        ("nf4", 16, _N * _K // 100, _BF16),
+        ("nf4", 4096, _N * _K // 1000, _BF16),
+    ):
+        base = _base(format, 64, format == "nf4")
+        x, dy, indices = _meta(m, _K), _meta(m, _N), _meta(entries, dtype=torch.int64)
+        values = _meta(entries, dtype=kind)
+        what = f"{format} m{m} {entries} entries {str(kind).removeprefix('torch.')}"
+        yield "sparse_delta_linear", what, (x, *base, _N, _meta(_N), indices, values)
+        yield "sparse_delta_dx", what, (dy, *base, _K, indices, values)
+        yield "sampled_gradient", what, (dy, x, indices)
+    few, many = _meta(8, dtype=torch.int64), _meta(_N * _K // 2, dtype=torch.int64)
+    half = [_meta(512, 512, dtype=_FP16) for _ in range(2)]
+    yield "sampled_gradient", "fp16 m512", (*half, _meta(512 * 512 // 8, dtype=torch.int64))
+    for dtype in (_BF16, _FP32):
+        pair = [_meta(4096, _N, dtype=dtype) for _ in range(2)]
+        what = str(dtype).removeprefix("torch.")
+        yield "sampled_gradient", f"{what} half of all", (*pair, many)
+        yield "sampled_gradient", f"{what} 8 entries", (*pair, few)
+
+
 def launches() -> list[tuple[str, Launch]]:
     """(op and what is special, launch), each kernel and configuration once."""
     found: dict[tuple[Any, ...], tuple[str, Launch]] = {}
@@ -174,6 +199,7 @@ def launches() -> list[tuple[str, Launch]]:
         _prefix_calls,
         _multi_lora_calls,
         _dora_calls,
+        _sparse_calls,
     )
     for op, what, args in (call for family in families for call in family()):
         row = next(r for r in registry.implementations(op, "cuda") if r.backend == "triton")
