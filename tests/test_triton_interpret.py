@@ -106,6 +106,27 @@ def _call_reversed(rule: Any, *args: Any) -> bool:
     return not rule(*args)
 
 
+_SERVED: list[str] = []  # calls of torch's attention
+
+
+def _use_torchs_attention() -> None:
+    """torch's attention for CPUs in the place of those for GPUs: same results, same row sums."""
+    from peftkern.ops.prefix import library
+
+    def forward(q: Any, k: Any, v: Any, causal: bool, scale: float) -> Any:
+        _SERVED.append("forward")
+        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return op(q, k, v, 0.0, causal, scale=scale)
+
+    def backward(*args: Any) -> Any:
+        _SERVED.append("backward")
+        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return op(*args[:6], 0.0, args[6], scale=args[7])
+
+    library._DEVICES["cpu"] = lambda *_: "cpu"
+    library.WAYS["cpu"] = library.Attention(forward, backward)
+
+
 def _run_family(family: str, dtypes: tuple[torch.dtype, ...] | None) -> dict[str, dict[str, Any]]:
     """``{"op dtype": {"ran": count, "failures": [text]}}`` for every triton implementation."""
     torch.set_num_threads(1)
@@ -117,7 +138,7 @@ def _run_family(family: str, dtypes: tuple[torch.dtype, ...] | None) -> dict[str
             continue
         spec = registry.specs()[name]
         for dtype in dtypes or _dtypes(name, family):
-            failures, ran = [], 0
+            failures, ran, before = [], 0, len(_SERVED)
             for i, sample in enumerate(spec.samples(dtype)):
                 args = map_tensors(_shifted, sample.args) if i % 2 else sample.args
                 ran += 1
@@ -126,7 +147,8 @@ def _run_family(family: str, dtypes: tuple[torch.dtype, ...] | None) -> dict[str
                 except Exception as error:
                     place = traceback.extract_tb(error.__traceback__)[-1]
                     failures.append(f"{sample.name}: {error!r} at {place.filename}:{place.lineno}")
-            report[f"{name} {dtype}"] = {"ran": ran, "failures": failures}
+            torchs = len(_SERVED) - before
+            report[f"{name} {dtype}"] = {"ran": ran, "failures": failures, "torchs": torchs}
     return report
 
 
@@ -170,6 +192,17 @@ def test_matches_reference(name: str, dtype: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["prefix_attention", "prefix_attention_backward"])
+def test_prefix_share(name: str, dtype: torch.dtype) -> None:
+    """The sequence's part by torch, which takes it on a GPU only."""
+    report = _report("prefix", "torchs")
+    cell = report.get("", {}) or report[f"{name} {dtype}"]
+    assert not cell["failures"], "\n".join(cell["failures"])
+    assert cell["torchs"] >= 3
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [n for n, row in _implementations().items() if _family(row) in _TILED]
 )
@@ -191,7 +224,12 @@ if __name__ == "__main__":
     from bench.gpu import interpreter
 
     interpreter.repair()
-    small = sys.argv[2:] == ["small"]
-    if small:
+    kind = sys.argv[2] if len(sys.argv) > 2 else ""
+    dtypes: tuple[torch.dtype, ...] | None = None
+    if kind:
         _use_small_tiles()
-    print(json.dumps(_run_family(sys.argv[1], (torch.float16,) if small else None)))
+        dtypes = (torch.float16,)
+    if kind == "torchs":
+        _use_torchs_attention()
+        dtypes = (torch.bfloat16, torch.float16)
+    print(json.dumps(_run_family(sys.argv[1], dtypes)))

@@ -117,6 +117,8 @@ def _prefix_calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         (64, _BF16, False, True, 0.0),
         (128, _BF16, True, True, 0.0),
         (256, _BF16, True, False, 0.0),
+        (256, _BF16, True, True, 0.0),
+        (64, _BF16, True, False, 0.0),
         (64, _FP32, True, False, 0.0),
     ):
         q, dout, out = (_meta(4, 2048, 32, d, dtype=dtype).transpose(1, 2) for _ in range(3))

@@ -213,3 +213,20 @@ def dora_gradient_config(m: int, features: int, rank: int, fp32: bool) -> RankCo
     if fp32 and config.block_c > 64:  # products split in three
         return replace(config, block_c=64)
     return config
+
+
+def share_config(depth: int, heads: int, queries: int, backward: bool) -> RankConfig:
+    """Tiles of the prefix's share of attention: queries a step, prefix rows a step, padded head.
+
+    Args:
+        depth: of a head.
+        heads: batch times heads: programs of the backward, each cut into ``split`` of queries.
+        queries: of each head.
+        backward: prefix gradients stay in registers beside the tiles.
+    """
+    block_d = max(16, 1 << (depth - 1).bit_length())
+    if not backward:
+        return RankConfig(64, 32, block_d, 1, 8 if block_d > 128 else 4, 1)
+    split = max(1, min(-(-_WANTED_PROGRAMS // max(heads, 1)), -(-queries // 256)))
+    tiles = (32, 64) if block_d <= 128 else (16, 32)
+    return RankConfig(*tiles, block_d, split, 4 if block_d <= 64 else 8, 1)
