@@ -2,16 +2,14 @@
 
 The aten ops behind ``scaled_dot_product_attention`` also give the log-sum-exp of each row, and
 their backward takes it: handed the output and the log-sum-exp of the whole row, prefix included,
-it computes exactly the sequence's share of the gradients.
+it computes exactly the sequence's share of the gradients. What torch's attention promises holds for
+this share as well: its backward repeats bit for bit under ``torch.use_deterministic_algorithms``.
 """
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +17,8 @@ from torch import Tensor
 _HALVES = (torch.float16, torch.bfloat16)
 _VECTOR = 16  # bytes that the libraries load at once
 _LARGEST_HEAD = 256
+_LARGEST_CUDNN_HEAD = 128  # of its backward on most versions
 _NAMES = {1: "flash", 3: "cudnn"}  # torch.nn.attention.SDPBackend
-_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ WAYS = {
 }
 
 
-def _aligned(value: Tensor) -> bool:
+def aligned(value: Tensor) -> bool:
     """Whether rows begin where the libraries' vector loads may begin."""
     size = value.element_size()
     steps = [step * size for step, length in zip(value.stride(), value.shape, strict=True)
@@ -122,7 +120,7 @@ def choose(
         return None
     if is_causal and q.shape[2] != k.shape[2]:
         return None
-    if q.shape[3] % 8 or q.shape[3] > _LARGEST_HEAD or not all(map(_aligned, (q, k, v))):
+    if q.shape[3] % 8 or q.shape[3] > _LARGEST_HEAD or not all(map(aligned, (q, k, v))):
         return None
     ask = _DEVICES.get(q.device.type)
     return None if ask is None else ask(q, k, v, is_causal, scale)
@@ -131,28 +129,9 @@ def choose(
 def _ask_torch(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> str | None:
     grouped = q.shape[1] != k.shape[1]
     choice = torch._fused_sdp_choice(q, k, v, None, 0.0, is_causal, scale=scale, enable_gqa=grouped)
-    return _NAMES.get(int(choice))
+    name = _NAMES.get(int(choice))
+    return "flash" if name == "cudnn" and q.shape[3] > _LARGEST_CUDNN_HEAD else name
 
 
 # On "meta" kernels are compiled without a GPU.
 _DEVICES: dict[str, Callable[..., str | None]] = {"cuda": _ask_torch, "meta": lambda *_: "flash"}
-
-
-@contextlib.contextmanager
-def repeatable() -> Iterator[None]:
-    """Inside, torch's attention sums its gradients in a fixed order, as all our kernels do.
-
-    torch has this as a setting of the process alone. It is set for the time of the call, which
-    only queues work; buffers are not filled as they are where a user sets it.
-    """
-    with _LOCK:
-        enabled = torch.are_deterministic_algorithms_enabled()
-        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-        fill: Any = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-        torch._C._set_deterministic_algorithms(True, warn_only=False)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        try:
-            yield
-        finally:
-            torch._C._set_deterministic_algorithms(enabled, warn_only=warn_only)
-            torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]

@@ -105,9 +105,9 @@ def backward(
     batch, heads, queries, depth = q.shape
     kv_heads, length = k.shape[1], prefix_k.shape[-2]
     dq, dk, dv = (t.new_empty(0) for t in (q, k, v))
+    dout, out = (t if library.aligned(t) else heads_inside(t).copy_(t) for t in (dout, out))
     if need_dqkv:
-        with library.repeatable():
-            dq, dk, dv = library.WAYS[way].backward(dout, q, k, v, out, lse, is_causal, scale)
+        dq, dk, dv = library.WAYS[way].backward(dout, q, k, v, out, lse, is_causal, scale)
         dq, dk, dv = _laid_out(dq), _laid_out(dk), _laid_out(dv)
     masters = prefix_k, prefix_v
     prefix_k, prefix_v = (p.to(q.dtype) for p in masters)
