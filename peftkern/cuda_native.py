@@ -38,6 +38,10 @@ SIGNATURES = {
     "linear_rows_4bit": "pinnnppppiipppiifpp",
     "linear_rows_8bit": "pinnnpppppiifpp",
     "linear_4bit_mma": "pinnnppppiipppiifppp",
+    "scatter_add": "pinnnnppinp",
+    "transpose": "pinnnpp",
+    "sparse_term": "ppinnnppinp",
+    "sampled_rows": "ppinnnpnpp",
 }
 
 

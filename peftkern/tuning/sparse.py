@@ -2,6 +2,13 @@
 
 The rules compare bytes and operations on one H100 (SXM), in picoseconds; see ``model.py`` for the
 constants they share. All sizes are known on the host: nothing looks at the positions.
+
+| what | CUDA C++ | Triton |
+|---|---|---|
+| entries joined to the weight | all | where there is no CUDA library |
+| a term of their own | up to ``CUDA_TERM_ROWS`` rows: no transpose, no list of bounds | more rows |
+| sampled gradient by rows | all: fewer registers, more loads in flight | without the library |
+| sampled gradient by tiles | | all: tensor cores |
 """
 
 from __future__ import annotations
@@ -12,6 +19,7 @@ from peftkern.tuning.configs import _WANTED_PROGRAMS, RankConfig
 from peftkern.tuning.model import _BYTES_PER_PS, _FLOP_PER_PS, _FUSED_SHARE
 
 _L2_BYTES_PER_PS = 5.0  # what gathers of whole rows reach where they find them in the L2
+CUDA_TERM_ROWS = 8
 _FUSED_ROWS = 64  # up to here a quantized base is multiplied without dequantizing it
 
 
