@@ -74,18 +74,21 @@ def _smaller(config: Any) -> Any:
     if hasattr(config, "block_o"):  # 4-bit tiles hold whole groups
         changes |= {"split": 2, "block_o": max(32, config.group)}
     else:
+        if hasattr(config, "block_n"):
+            changes["block_n"] = 16
         changes |= {"block_c": 16 if config.block_c < 64 else 32, "split": max(2, config.split)}
         if hasattr(config, "programs"):  # several tiles for each
             changes["programs"] = 3
     return dataclasses.replace(config, **changes)
 
 
-def _use_small_tiles() -> None:
+def _use_small_tiles(by_passes: bool) -> None:
     """Heuristics give the least tiles, paths for many rows open with few, rules are reversed."""
-    from peftkern.tuning import configs, sparse
+    from peftkern.tuning import bottleneck, configs, sparse
 
-    configs._WANTED_PROGRAMS = sparse._WANTED_PROGRAMS = 4
-    found = {**vars(configs), **vars(sparse)}
+    configs._WANTED_PROGRAMS = sparse._WANTED_PROGRAMS = bottleneck._WANTED_PROGRAMS = 4
+    bottleneck._LAUNCHES_PS = -1e15 if by_passes else 1e15
+    found = {**vars(configs), **vars(sparse), **vars(bottleneck)}
     functions = {name: value for name, value in found.items() if name.endswith("_config")}
     rules = {name: value for name, value in vars(sparse).items() if name.endswith(("win", "wins"))}
     for module in [m for name, m in sys.modules.items() if name.startswith("peftkern.")]:
@@ -203,6 +206,16 @@ def test_prefix_share(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["bottleneck_adapter", "bottleneck_adapter_backward"])
+def test_bottleneck_by_passes(name: str) -> None:
+    """What serves few wide rows, which samples of this size are not."""
+    report = _report("bottleneck", "passes")
+    cell = report.get("", {}) or report[f"{name} {torch.float16}"]
+    assert not cell["failures"], "\n".join(cell["failures"])
+    assert cell["ran"] >= 5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [n for n, row in _implementations().items() if _family(row) in _TILED]
 )
@@ -227,7 +240,7 @@ if __name__ == "__main__":
     kind = sys.argv[2] if len(sys.argv) > 2 else ""
     dtypes: tuple[torch.dtype, ...] | None = None
     if kind:
-        _use_small_tiles()
+        _use_small_tiles(by_passes=kind == "passes")
         dtypes = (torch.float16,)
     if kind == "torchs":
         _use_torchs_attention()

@@ -87,6 +87,8 @@ def _bottleneck_calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         (8, 64, _BF16, 0.0, "relu"),
         (2048, 64, _BF16, 0.0, "gelu"),
         (8192, 16, _BF16, 0.1, "gelu_tanh"),
+        (4096, 64, _BF16, 0.0, "relu"),
+        (8192, 64, _BF16, 0.1, "gelu"),
         (8192, 128, _BF16, 0.0, "silu"),
         (8192, 64, _FP32, 0.1, "relu"),
         (2048, 16, _FP32, 0.0, "gelu"),

@@ -18,6 +18,7 @@ import peftkern as pk
 from bench.gpu.timing import Contender, Ruler, measure_ceiling
 from peftkern.ops.prefix import library
 from peftkern.triton_kernels.matmul import Base
+from peftkern.tuning.bottleneck import BottleneckConfig
 
 F = pk.functional
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -143,6 +144,8 @@ def dora(fmt: str, m: int, d: int, r: int) -> Iterator[Group]:
 
 def bottleneck(m: int, d: int, rank: int) -> Iterator[Group]:
     """A bottleneck adapter with residual beside eager torch and a copy of the activations."""
+    from peftkern.ops.bottleneck import triton as ways
+
     x, dy = _randn(m, d).requires_grad_(), _randn(m, d)
     shapes = ((rank, d), (rank,), (d, rank), (d,))
     weights = [(0.05 * _randn(*s)).requires_grad_() for s in shapes]
@@ -154,14 +157,27 @@ def bottleneck(m: int, d: int, rank: int) -> Iterator[Group]:
     def eager() -> Tensor:
         return x + linear(torch.relu(linear(x, *weights[:2])), *weights[2:])
 
+    def in_tiles(size: int, call: Call) -> Contender:
+        """By whole rows, so many a program; 0: by passes."""
+        warps = 8 if size == 128 or size * rank >= 64 * 128 else 4
+        config = BottleneckConfig(size, 64, max(16, rank), 1, warps, 3, 64) if size else None
+
+        def run() -> Any:
+            with mock.patch.object(ways, "bottleneck_config", return_value=config):
+                return call()
+
+        return Contender(f"{size} rows" if size else "passes", [run])
+
     quiet, floor = torch.no_grad(), Contender("copy of x", [lambda: target.copy_(dy)])
-    name = f"bottleneck m{m} d{d} r{rank}"
-    rows = [floor, Contender("peftkern", [quiet(ours)]), Contender("eager", [quiet(eager)])]
-    yield f"{name} forward", rows, 4 * m * d, 4 * m * d * rank
-    over = [x, *weights]
-    rows = [floor, Contender("peftkern", [_step(ours, over, dy)])]
-    rows.append(Contender("eager", [_step(eager, over, dy)]))
-    yield f"{name} both", rows, 12 * m * d, 12 * m * d * rank
+    name, over = f"bottleneck m{m} d{d} r{rank}", [x, *weights]
+    calls = {
+        "forward": (quiet(ours), quiet(eager), 4),
+        "both": (_step(ours, over, dy), _step(eager, over, dy), 12),
+    }
+    for kind, (mine, plain, factor) in calls.items():
+        rows = [floor, Contender("peftkern", [mine]), Contender("eager", [plain])]
+        rows += [in_tiles(size, mine) for size in (32, 64, 128, 0)]
+        yield f"{name} {kind}", rows, factor * m * d, factor * m * d * rank
 
 
 def groups(quick: bool, dry: bool) -> Iterator[Group]:

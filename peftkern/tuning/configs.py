@@ -159,24 +159,6 @@ def down_gradient_config(m: int, features: int, rank: int) -> RankConfig:
     return RankConfig(32, block_c, block_r, split, 4, 2)
 
 
-def bottleneck_config(m: int, rank: int, fp32: bool) -> RankConfig | None:
-    """Tiles of the one-launch bottleneck; ``None`` where its rows would leave most of a GPU idle.
-
-    A program keeps the whole bottleneck of its rows in registers: up to 128, and 64 of fp32
-    weights, whose products are split in three.
-    """
-    if rank > (64 if fp32 else 128) or m < 16 * _WANTED_PROGRAMS // 2:
-        return None
-    block_m = 32 if m >= 32 * _WANTED_PROGRAMS // 2 else 16
-    return RankConfig(block_m, 64, max(16, 1 << (rank - 1).bit_length()), 1, 4, 3)
-
-
-def expand_config(m: int, rank: int, fp32: bool) -> RankConfig:
-    """Tiles of the pass from a bottleneck to output features."""
-    block_m = 16 if m <= 16 else 32
-    return RankConfig(block_m, 64 if fp32 else 128, 16 if rank <= 16 else 32, 1, 4, 2)
-
-
 def attention_config(depth: int, fp32: bool, backward: bool) -> RankConfig:
     """Tiles of the attention kernels: queries a step, keys a step, and the padded head."""
     block_d = max(16, 1 << (depth - 1).bit_length())
