@@ -21,6 +21,7 @@ from peftkern.triton_kernels.passes import (
 )
 from peftkern.tuning.configs import column_config, dora_gradient_config, norm_config
 
+ONE_PASS_RANK = 16  # up to here one pass over dy makes dS and dB
 _ONCE_FROM = 64  # rows from which a quantized base that is needed twice is dequantized once
 
 
@@ -173,9 +174,13 @@ def dora_linear_backward(
         return dx, da, db, dscale
     dropout = Dropout.of(dropout_p, seed)
     less = 0.0 if dropout.seed is None else 1.0
-    g, ds, db, dscale = _pass_over_dy(
-        dy, u, s, lora_B, column_scale, float(scaling), less, need_dx, need_dab, need_dscale
-    )
+    narrow = lora_B.shape[1] <= ONE_PASS_RANK
+    need_ds = need_dx or need_dab
+    here = (narrow and need_ds, narrow and need_dab)
+    passed = (dy, u, s, lora_B, column_scale, float(scaling), less, need_dx, *here, need_dscale)
+    g, ds, db, dscale = _pass_over_dy(*passed)
+    if need_ds and not narrow:
+        ds, db = _wide_gradients(dy, s, lora_B, column_scale, float(scaling), need_dab)
     if need_dx:
         statistics = (absmax, nested_absmax, nested_offset)
         base = Base(weight, *statistics, format, blocksize, dy.shape[1], x.shape[1])
@@ -200,23 +205,26 @@ def _pass_over_dy(
     scaling: float,
     less: float,
     need_dx: bool,
-    need_dab: bool,
+    need_ds: bool,
+    need_db: bool,
     need_dscale: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(c - less) dy``, dS fp32 [M, R], dB [N, R] and dc [N]; empty where not needed."""
     from peftkern.triton_kernels import dora
 
     (m, n), r = dy.shape, lora_B.shape[1]
-    need_ds = need_dx or need_dab
-    config = dora_gradient_config(m, n, r, lora_B.dtype == torch.float32)
+    if not (need_dx or need_ds or need_db or need_dscale):
+        return dy, s.new_empty(0), lora_B.new_empty(0), column_scale.new_empty(0)
+    thin = need_ds or need_db
+    config = dora_gradient_config(m, n, r if thin else 1, thin and lora_B.dtype == torch.float32)
     tiles_n = -(-n // config.block_c)
     g = torch.empty_like(dy) if need_dx else None
     ds_parts = s.new_empty((tiles_n, m, r)) if need_ds else None
-    db_parts = s.new_empty((config.split, n, r)) if need_dab else None
+    db_parts = s.new_empty((config.split, n, r)) if need_db else None
     dc_parts = s.new_empty((config.split, n)) if need_dscale else None
     launch(
         dora._dora_gradient_kernel,
-        tiles_n * max(1, -(-r // config.block_r)) * config.split,
+        tiles_n * (max(1, -(-r // config.block_r)) if thin else 1) * config.split,
         dy,
         dy,
         u if need_dscale else None,
@@ -229,11 +237,11 @@ def _pass_over_dy(
         dc_parts,
         m,
         n,
-        r,
+        r if thin else 1,
         less,
         NEED_G=need_dx,
         NEED_DS=need_ds,
-        NEED_DB=need_dab,
+        NEED_DB=need_db,
         NEED_DC=need_dscale,
         DS_PRECISION=precision(dy, lora_B),
         DB_PRECISION=gradient_precision(lora_B),
@@ -254,6 +262,23 @@ def _pass_over_dy(
     if dc_parts is not None:
         dscale = add_parts(dc_parts, torch.empty_like(column_scale), 1.0)
     return (dy if g is None else g), ds, db, dscale
+
+
+def _wide_gradients(
+    dy: Tensor, s: Tensor, lora_B: Tensor, column_scale: Tensor, scaling: float, need_db: bool
+) -> tuple[Tensor, Tensor]:
+    """dS and dB where parts of dS for each tile of dy would be more than dy: dy is read again.
+
+    Columns are scaled in B and in dB, both thin: ``dS = s dy (c B)``, ``dB = s c (dyᵀ S)``.
+    """
+    nothing = Dropout.of(0.0, None)
+    scaled = lora_B * (scaling * column_scale)[:, None]
+    ds = shrink(dy, scaled.t().to(lora_B.dtype).contiguous(), nothing)
+    if not need_db:
+        return ds, lora_B.new_empty(0)
+    like = column_scale.new_empty((lora_B.shape[1], lora_B.shape[0]))
+    db = down_gradient(s, dy, like, nothing).t() * (scaling * column_scale)[:, None]
+    return ds, db.to(lora_B.dtype).contiguous()
 
 
 def _masked(plain: Tensor, dropped: Tensor, ds: Tensor, lora_A: Tensor, dropout: Dropout) -> Tensor:
