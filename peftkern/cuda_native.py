@@ -42,6 +42,8 @@ SIGNATURES = {
     "transpose": "pinnnpp",
     "sparse_term": "ppinnnppinp",
     "sampled_rows": "ppinnnpnpp",
+    "prompt_embedding": "ppipinnnnnnpp",
+    "prompt_gradient": "pinnnpp",
 }
 
 
