@@ -43,6 +43,12 @@ SIGNATURES = {
     "shrink": "pinnpiinnfpufpnpppiinifp",
     "outer": "pinnpnifpufpiip",
     "linear_wgmma": "pinnniippppiipppiiipipp",
+    "scatter_add": "pinnnnppinp",
+    "transpose": "pinnnpp",
+    "sparse_term": "ppinnnppinp",
+    "sampled_rows": "ppinnnpnpp",
+    "prompt_embedding": "ppipinnnnnnpp",
+    "prompt_gradient": "pinnnpp",
 }
 
 

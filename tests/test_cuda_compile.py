@@ -137,6 +137,12 @@ REGISTERS = {
     "low_rank_kernel": 128,
     "add_parts_kernel": 64,
     "linear_4bit_mma_kernel": 128,
+    "scatter_add_kernel": 64,
+    "transpose_kernel": 64,
+    "sparse_term_kernel": 64,
+    "sampled_rows_kernel": 128,
+    "prompt_embedding_kernel": 64,
+    "prompt_gradient_kernel": 64,
 }
 # More than 32 rows of x: shared memory lets one block of 256 threads run anyway.
 LARGEST_TILE = ("linear_4bit_mma_kernelI" + r"L[ib]\dEL[ib]8E", 192)

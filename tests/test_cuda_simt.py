@@ -29,6 +29,7 @@ from peftkern.cuda_kernels.products import LowRank, product
 from peftkern.ops.bases import Base
 from peftkern.ops.quant4 import reference as quant4
 from peftkern.ops.quant4.contract import bundles_4bit
+from peftkern.ops.sparse_delta import cuda as sparse
 from peftkern.testing import assert_error_rule, assert_same_bits, map_tensors, tensors_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -273,6 +274,24 @@ def test_integers_are_exact(simt: SimtLibrary) -> None:
     expected = (x.float() @ (signs * 4).T).bfloat16()
     for way in ("mma", "rows"):
         assert_same_bits(_fused(way, x, base, 20), expected, way)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_entries_of_long_rows(simt: SimtLibrary, dtype: torch.dtype) -> None:
+    """Rows that all warps of a block share, more entries in a row of W than a warp has lanes."""
+    dy, x = torch.randn(531, 9).to(dtype), torch.randn(531, 70).to(dtype)
+    for i, at in enumerate((torch.tensor([0, 3, 70, 500, 629]), torch.arange(630))):
+        simt.schedule(list(SCHEDULES)[i + 2], seed=7)
+        truth = (dy.double().T @ x.double()).view(-1)[at]
+        plain = (dy.float().T @ x.float()).view(-1)[at]
+        assert_error_rule(sparse.sampled_gradient(dy, x, at), truth, plain, 2.0, f"{len(at)}")
+        w, values = torch.randn(9, 70).to(dtype), torch.randn(len(at)).to(dtype)
+        base = (w, None, None, None, "dense", 0)
+        actual = sparse.sparse_delta_linear(x[:8].clone(), *base, 9, None, at, values)
+        whole = w.double().view(-1).index_add(0, at, values.double()).view(9, 70)
+        truth = x[:8].double() @ whole.T
+        plain = torch.nn.functional.linear(x[:8], whole.to(dtype))
+        assert_error_rule(actual, truth, plain, 1.5, f"term of {len(at)}")
 
 
 def test_backend_says_what_it_is() -> None:

@@ -26,7 +26,7 @@ pytest.importorskip("triton")
 
 _ROOT = str(Path(__file__).parents[1])
 # Families that also run in the least tiles, and others that take more than a few seconds.
-_TILED = ("lora", "bottleneck", "prefix", "multi_lora")
+_TILED = ("lora", "dora", "bottleneck", "prefix", "multi_lora", "sparse_delta")
 _LONG = ("lora_group", "gated")
 
 
@@ -74,25 +74,60 @@ def _smaller(config: Any) -> Any:
     if hasattr(config, "block_o"):  # 4-bit tiles hold whole groups
         changes |= {"split": 2, "block_o": max(32, config.group)}
     else:
+        if hasattr(config, "block_n"):
+            changes["block_n"] = 16
         changes |= {"block_c": 16 if config.block_c < 64 else 32, "split": max(2, config.split)}
+        if hasattr(config, "programs"):  # several tiles for each
+            changes["programs"] = 3
     return dataclasses.replace(config, **changes)
 
 
-def _use_small_tiles() -> None:
-    """Every heuristic gives the least tiles; paths for many rows open with few."""
-    from peftkern.tuning import configs
+def _use_small_tiles(by_passes: bool) -> None:
+    """Heuristics give the least tiles, paths for many rows open with few, rules are reversed."""
+    from peftkern.tuning import bottleneck, configs, sparse
 
-    configs._WANTED_PROGRAMS = 4
-    functions = {name: value for name, value in vars(configs).items() if name.endswith("_config")}
+    configs._WANTED_PROGRAMS = sparse._WANTED_PROGRAMS = bottleneck._WANTED_PROGRAMS = 4
+    bottleneck._LAUNCHES_PS = -1e15 if by_passes else 1e15
+    found = {**vars(configs), **vars(sparse), **vars(bottleneck)}
+    functions = {name: value for name, value in found.items() if name.endswith("_config")}
+    rules = {name: value for name, value in vars(sparse).items() if name.endswith(("win", "wins"))}
     for module in [m for name, m in sys.modules.items() if name.startswith("peftkern.")]:
         for name, function in functions.items():
             if getattr(module, name, None) is function:
                 small = functools.partial(_call_smaller, function)
                 setattr(module, name, small)
+        for name, rule in rules.items():
+            if getattr(module, name, None) is rule:
+                setattr(module, name, functools.partial(_call_reversed, rule))
 
 
 def _call_smaller(function: Any, *args: Any) -> Any:
     return _smaller(function(*args))
+
+
+def _call_reversed(rule: Any, *args: Any) -> bool:
+    return not rule(*args)
+
+
+_SERVED: list[str] = []  # calls of torch's attention
+
+
+def _use_torchs_attention() -> None:
+    """torch's attention for CPUs in the place of those for GPUs: same results, same row sums."""
+    from peftkern.ops.prefix import library
+
+    def forward(q: Any, k: Any, v: Any, causal: bool, scale: float) -> Any:
+        _SERVED.append("forward")
+        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return op(q, k, v, 0.0, causal, scale=scale)
+
+    def backward(*args: Any) -> Any:
+        _SERVED.append("backward")
+        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return op(*args[:6], 0.0, args[6], scale=args[7])
+
+    library._DEVICES["cpu"] = lambda *_: "cpu"
+    library.WAYS["cpu"] = library.Attention(forward, backward)
 
 
 def _run_family(family: str, dtypes: tuple[torch.dtype, ...] | None) -> dict[str, dict[str, Any]]:
@@ -106,7 +141,7 @@ def _run_family(family: str, dtypes: tuple[torch.dtype, ...] | None) -> dict[str
             continue
         spec = registry.specs()[name]
         for dtype in dtypes or _dtypes(name, family):
-            failures, ran = [], 0
+            failures, ran, before = [], 0, len(_SERVED)
             for i, sample in enumerate(spec.samples(dtype)):
                 args = map_tensors(_shifted, sample.args) if i % 2 else sample.args
                 ran += 1
@@ -115,7 +150,8 @@ def _run_family(family: str, dtypes: tuple[torch.dtype, ...] | None) -> dict[str
                 except Exception as error:
                     place = traceback.extract_tb(error.__traceback__)[-1]
                     failures.append(f"{sample.name}: {error!r} at {place.filename}:{place.lineno}")
-            report[f"{name} {dtype}"] = {"ran": ran, "failures": failures}
+            torchs = len(_SERVED) - before
+            report[f"{name} {dtype}"] = {"ran": ran, "failures": failures, "torchs": torchs}
     return report
 
 
@@ -159,6 +195,27 @@ def test_matches_reference(name: str, dtype: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["prefix_attention", "prefix_attention_backward"])
+def test_prefix_share(name: str, dtype: torch.dtype) -> None:
+    """The sequence's part by torch, which takes it on a GPU only."""
+    report = _report("prefix", "torchs")
+    cell = report.get("", {}) or report[f"{name} {dtype}"]
+    assert not cell["failures"], "\n".join(cell["failures"])
+    assert cell["torchs"] >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bottleneck_adapter", "bottleneck_adapter_backward"])
+def test_bottleneck_by_passes(name: str) -> None:
+    """What serves few wide rows, which samples of this size are not."""
+    report = _report("bottleneck", "passes")
+    cell = report.get("", {}) or report[f"{name} {torch.float16}"]
+    assert not cell["failures"], "\n".join(cell["failures"])
+    assert cell["ran"] >= 5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [n for n, row in _implementations().items() if _family(row) in _TILED]
 )
@@ -180,7 +237,12 @@ if __name__ == "__main__":
     from bench.gpu import interpreter
 
     interpreter.repair()
-    small = sys.argv[2:] == ["small"]
-    if small:
-        _use_small_tiles()
-    print(json.dumps(_run_family(sys.argv[1], (torch.float16,) if small else None)))
+    kind = sys.argv[2] if len(sys.argv) > 2 else ""
+    dtypes: tuple[torch.dtype, ...] | None = None
+    if kind:
+        _use_small_tiles(by_passes=kind == "passes")
+        dtypes = (torch.float16,)
+    if kind == "torchs":
+        _use_torchs_attention()
+        dtypes = (torch.bfloat16, torch.float16)
+    print(json.dumps(_run_family(sys.argv[1], dtypes)))

@@ -17,6 +17,7 @@ _TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.float64: "*fp64",
     torch.uint8: "*u8",
     torch.int8: "*i8",
     torch.int64: "*i64",

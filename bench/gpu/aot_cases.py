@@ -87,6 +87,8 @@ def _bottleneck_calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         (8, 64, _BF16, 0.0, "relu"),
         (2048, 64, _BF16, 0.0, "gelu"),
         (8192, 16, _BF16, 0.1, "gelu_tanh"),
+        (4096, 64, _BF16, 0.0, "relu"),
+        (8192, 64, _BF16, 0.1, "gelu"),
         (8192, 128, _BF16, 0.0, "silu"),
         (8192, 64, _FP32, 0.1, "relu"),
         (2048, 16, _FP32, 0.0, "gelu"),
@@ -117,6 +119,8 @@ def _prefix_calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         (64, _BF16, False, True, 0.0),
         (128, _BF16, True, True, 0.0),
         (256, _BF16, True, False, 0.0),
+        (256, _BF16, True, True, 0.0),
+        (64, _BF16, True, False, 0.0),
         (64, _FP32, True, False, 0.0),
     ):
         q, dout, out = (_meta(4, 2048, 32, d, dtype=dtype).transpose(1, 2) for _ in range(3))
@@ -142,10 +146,65 @@ def _multi_lora_calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     yield "multi_lora_linear_backward", "4 adapters", (*saved, *base, *tail, True, True)
 
 
+def _dora_calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    seed = _meta(1, dtype=torch.int64)
+    for format, m, r, adapter, p in (
+        ("dense", 4096, 16, _FP32, 0.0),
+        ("dense", 4096, 64, _BF16, 0.1),
+        ("nf4", 4096, 16, _FP32, 0.1),
+        ("nf4", 8, 64, _FP32, 0.0),
+        ("int8", 4096, 32, _BF16, 0.0),
+    ):
+        base = _base(format, 64, format == "nf4")
+        x, dy, u = _meta(m, _K), _meta(m, _N), _meta(m, _N)
+        a, b = _meta(r, _K, dtype=adapter), _meta(_N, r, dtype=adapter)
+        s, scale = _meta(m, r, dtype=_FP32), _meta(_N, dtype=_FP32)
+        what = f"{format} m{m} r{r} {str(adapter).removeprefix('torch.')} p{p}"
+        tail = (a, b, scale, 2.0, p, seed if p else None)
+        yield "dora_linear", what, (x, *base, _N, _meta(_N), *tail, True)
+        yield "dora_linear_backward", what, (dy, x, s, u, *base, *tail, True, True, True)
+        yield "weight_norm_sq", what, (*base, _N, _K)
+        norm_sq = _meta(_N, dtype=torch.float64)
+        yield "dora_weight_norm", what, (*base, _N, a, b, 2.0, norm_sq)
+
+
+def _sparse_calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    for format, m, entries, kind in (
+        ("dense", 4096, _N * _K // 100, _FP32),
+        ("dense", 128, _N * _K // 100, _FP32),
+        ("nf4", 1, _N * _K // 100, _FP32),
+        ("nf4", 16, _N * _K // 100, _BF16),
+        ("nf4", 4096, _N * _K // 1000, _BF16),
+    ):
+        base = _base(format, 64, format == "nf4")
+        x, dy, indices = _meta(m, _K), _meta(m, _N), _meta(entries, dtype=torch.int64)
+        values = _meta(entries, dtype=kind)
+        what = f"{format} m{m} {entries} entries {str(kind).removeprefix('torch.')}"
+        yield "sparse_delta_linear", what, (x, *base, _N, _meta(_N), indices, values)
+        yield "sparse_delta_dx", what, (dy, *base, _K, indices, values)
+        yield "sampled_gradient", what, (dy, x, indices)
+    few, many = _meta(8, dtype=torch.int64), _meta(_N * _K // 2, dtype=torch.int64)
+    half = [_meta(512, 512, dtype=_FP16) for _ in range(2)]
+    yield "sampled_gradient", "fp16 m512", (*half, _meta(512 * 512 // 8, dtype=torch.int64))
+    for dtype in (_BF16, _FP32):
+        pair = [_meta(4096, _N, dtype=dtype) for _ in range(2)]
+        what = str(dtype).removeprefix("torch.")
+        yield "sampled_gradient", f"{what} half of all", (*pair, many)
+        yield "sampled_gradient", f"{what} 8 entries", (*pair, few)
+
+
 def launches() -> list[tuple[str, Launch]]:
     """(op and what is special, launch), each kernel and configuration once."""
     found: dict[tuple[Any, ...], tuple[str, Launch]] = {}
-    families = (_calls, _bottleneck_calls, _gated_calls, _prefix_calls, _multi_lora_calls)
+    families = (
+        _calls,
+        _bottleneck_calls,
+        _gated_calls,
+        _prefix_calls,
+        _multi_lora_calls,
+        _dora_calls,
+        _sparse_calls,
+    )
     for op, what, args in (call for family in families for call in family()):
         row = next(r for r in registry.implementations(op, "cuda") if r.backend == "triton")
         with recording() as recorded, torch.no_grad():

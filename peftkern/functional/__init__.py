@@ -17,7 +17,7 @@ from peftkern.functional.group import (
 from peftkern.functional.linear import linear_4bit, linear_8bit
 from peftkern.functional.lora import lora_linear
 from peftkern.functional.multi_lora import multi_lora_linear
-from peftkern.functional.prefix import prefix_attention, soft_prompt
+from peftkern.functional.prefix import prefix_attention, prompt_embedding, soft_prompt
 from peftkern.functional.sparse import sparse_delta_linear
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "lora_mlp",
     "multi_lora_linear",
     "prefix_attention",
+    "prompt_embedding",
     "soft_prompt",
     "sparse_delta_linear",
     "weight_norm_sq",

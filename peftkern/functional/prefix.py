@@ -13,6 +13,7 @@ from peftkern.functional.arguments import (
     seed_for,
 )
 from peftkern.ops.prefix.autograd import PrefixAttention
+from peftkern.ops.prompt.autograd import PromptEmbedding
 
 
 def _rows(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -123,6 +124,46 @@ def prefix_attention(
         return PrefixAttention.apply(*arguments)
     out, _ = torch.ops.peftkern.prefix_attention(*arguments)
     return out
+
+
+def prompt_embedding(ids: Tensor, table: Tensor, prompt: Tensor) -> Tensor:
+    """Embeddings of tokens from a frozen table, with a trained prompt in front of each row.
+
+    What ``soft_prompt(embedding(ids, table), prompt)`` gives, without the embeddings in between.
+    Source: prompt tuning (arXiv 2104.08691).
+
+    Args:
+        ids: int64 [B, L], rows of the table.
+        table: frozen embeddings [V, H], any floating dtype.
+        prompt: [P, H], or [B, P, H] with one prompt for each row; of the table's dtype or float32.
+
+    Returns:
+        [B, P + L, H] of the table's dtype. Differentiable in the prompt, whose gradient is summed
+        over the batch in a fixed order.
+
+    Raises:
+        TypeError: an argument is not a tensor of a fitting dtype.
+        ValueError: shapes or devices do not fit, an id is out of range (on a GPU its row is NaN),
+            or the table requires a gradient.
+
+    Example:
+        >>> import torch, peftkern as pk
+        >>> ids, table = torch.tensor([[0, 2], [1, 1]]), torch.randn(3, 8)
+        >>> pk.functional.prompt_embedding(ids, table, torch.zeros(4, 8)).shape
+        torch.Size([2, 6, 8])
+    """
+    require_float("table", table)
+    require_float("prompt", prompt)
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"ids: got {type(ids).__name__}, expected an int64 tensor")
+    if table.requires_grad and torch.is_grad_enabled():
+        raise ValueError("table: requires a gradient; use soft_prompt with trained embeddings")
+    if prompt.dtype not in (table.dtype, torch.promote_types(table.dtype, torch.float32)):
+        prompt = prompt.to(table.dtype)
+    arguments = (ids.contiguous(), table.contiguous(), prompt.contiguous())
+    if needs_grad(prompt):
+        return PromptEmbedding.apply(*arguments)
+    return torch.ops.peftkern.prompt_embedding(*arguments)
 
 
 def soft_prompt(input_embeds: Tensor, prompt: Tensor) -> Tensor:

@@ -34,8 +34,9 @@ def sparse_delta_linear(
         base: frozen weight [out, in], dense (a transposed view is fine, as Conv1D needs) or NF4,
             FP4 or INT8.
         indices: int64 [k], sorted and unique flat positions ``row * in + column``.
-        values: [k], what is added at these positions, of x's dtype or float32 (the sum is taken in
-            float32 and not rounded to x's dtype).
+        values: [k], what is added at these positions, of x's dtype or float32. Weight and value are
+            summed in float32; on a GPU the sum is rounded once to x's dtype for products with many
+            rows, as a weight under autocast is.
         bias: [out], or ``None``.
 
     Returns:
@@ -43,8 +44,8 @@ def sparse_delta_linear(
 
     Raises:
         TypeError: an argument is not a float tensor or has a dtype that does not fit.
-        ValueError: shapes or devices do not fit, indices are out of range, unsorted or repeated, or
-            the base requires a gradient.
+        ValueError: shapes or devices do not fit, indices are out of range, unsorted or repeated (on
+            a GPU looked at once for each tensor), or the base requires a gradient.
 
     Example:
         >>> import torch, peftkern as pk

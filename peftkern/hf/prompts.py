@@ -99,9 +99,10 @@ class ModelPrompt(PromptTuning):
         tokens, embeds = named.pop("input_ids", None), named.get("inputs_embeds")
         if (tokens is None) == (embeds is None):
             raise ValueError("input_ids or inputs_embeds: expected one of them, and by name")
-        if embeds is None:
-            embeds = module.get_input_embeddings()(tokens)
-        named["inputs_embeds"] = self(embeds)
+        if embeds is not None:
+            named["inputs_embeds"] = self(embeds)
+        else:
+            named["inputs_embeds"] = self.embed(module.get_input_embeddings(), tokens)
         if named.get("token_type_ids") is not None:
             named["token_type_ids"] = _in_front(named["token_type_ids"], length, 0)
         labels = named.get("labels")

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkern.functional.prefix import soft_prompt
+from peftkern.functional.prefix import prompt_embedding, soft_prompt
 from peftkern.nn.adapter import AdapterLayer
+from peftkern.nn.structure import hooks_of, is_parametrized
 
 
 class PromptTuning(AdapterLayer):
@@ -93,6 +94,30 @@ class PromptTuning(AdapterLayer):
         """:func:`peftkern.functional.soft_prompt` with the active prompt, if there is one."""
         prompt = self.active_prompt
         return input_embeds if prompt is None else soft_prompt(input_embeds, prompt)
+
+    def embed(self, embeddings: nn.Module, ids: Tensor) -> Tensor:
+        """The tokens' embeddings with the active prompt in front.
+
+        A plain frozen table is looked up and joined in one pass; any other module is called.
+        """
+        prompt = self.active_prompt
+        if prompt is None or not _plain_table(embeddings):
+            return self(embeddings(ids))
+        table = embeddings.weight
+        assert isinstance(table, Tensor)
+        return prompt_embedding(ids, table, prompt)
+
+
+def _plain_table(embeddings: nn.Module) -> bool:
+    """Whether calling the module is nothing but looking rows of a frozen float table up."""
+    return (
+        type(embeddings) is nn.Embedding
+        and embeddings.max_norm is None
+        and not embeddings.weight.requires_grad
+        and embeddings.weight.dtype.is_floating_point
+        and not is_parametrized(embeddings)
+        and hooks_of(embeddings) is None
+    )
 
 
 def text_rows(

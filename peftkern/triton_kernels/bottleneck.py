@@ -1,4 +1,4 @@
-"""The bottleneck adapter: one launch that reads x and writes y, and the passes of its gradient.
+"""Passes of the bottleneck adapter and its gradient; ``bottleneck_rows`` has those for many rows.
 
 ``y = mask(scale (act(x D^T + b_d) U^T + b_u)) + residual``. The backward recomputes the bottleneck.
 Long sums are cut into parts that are added in fixed order; there are no atomics.
@@ -26,22 +26,42 @@ def _as_operand(value, like_ptr, PRECISION: tl.constexpr, INTERPRET: tl.constexp
 
 
 @triton.jit
+def _residual_tile(
+    residual_ptr,
+    m_0,
+    n_0,
+    M,
+    N,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A tile of the residual, zero outside; one zero where there is none."""
+    if HAS_RESIDUAL:
+        offs_m, offs_n = m_0 + tl.arange(0, BLOCK_M), n_0 + tl.arange(0, BLOCK_N)
+        offsets = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+        mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+        return tl.load(residual_ptr + offsets, mask=mask, other=0.0)
+    else:
+        return tl.zeros([1, 1], tl.float32)
+
+
+@triton.jit
 def _output_tile(
     acc,
+    residual,
     m_0,
     n_0,
     M,
     N,
     up_b_ptr,
     scale_ptr,
-    residual_ptr,
     seed_ptr,
     out_ptr,
     threshold,
     keep_scale,
     HAS_BIAS: tl.constexpr,
     SCALES: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
     DROPOUT: tl.constexpr,
     QUADS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -62,92 +82,8 @@ def _output_tile(
         keep = keep_tile(m_0, n_0, N, seed_ptr, threshold, BLOCK_M, BLOCK_N, QUADS)
         acc = tl.where(keep, acc * keep_scale, 0.0)
     offsets = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
-    if HAS_RESIDUAL:
-        acc += to_fp32(tl.load(residual_ptr + offsets, mask=mask, other=0.0), INTERPRET)
+    acc += to_fp32(residual, INTERPRET)
     tl.store(out_ptr + offsets, round_to(acc, out_ptr.dtype.element_ty, INTERPRET), mask=mask)
-
-
-@triton.jit
-def _bottleneck_kernel(
-    x_ptr,
-    down_w_ptr,
-    down_b_ptr,
-    up_w_ptr,
-    up_b_ptr,
-    scale_ptr,
-    residual_ptr,
-    seed_ptr,
-    out_ptr,
-    M,
-    N,
-    C,
-    R,
-    threshold,
-    keep_scale,
-    ACT: tl.constexpr,
-    HAS_DOWN_BIAS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    SCALES: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    QUADS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
-    """BLOCK_M rows from x to y; R fits into BLOCK_R. A residual that is x comes from the L2."""
-    m_0 = tl.program_id(0) * BLOCK_M
-    offs_m, offs_r = m_0 + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
-    mask_m, mask_r = offs_m < M, offs_r < R
-    z = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-    rows_x = x_ptr + offs_m.to(tl.int64)[:, None] * C
-    for c_0 in range(0, C, BLOCK_C):
-        offs_c = c_0 + tl.arange(0, BLOCK_C)
-        mask_c = offs_c < C
-        x = tl.load(rows_x + offs_c[None, :], mask=mask_m[:, None] & mask_c[None, :], other=0.0)
-        d = tl.load(
-            down_w_ptr + offs_r.to(tl.int64)[None, :] * C + offs_c[:, None],
-            mask=mask_c[:, None] & mask_r[None, :],
-            other=0.0,
-        )
-        z = dot(x, d, z, PRECISION, INTERPRET)
-    if HAS_DOWN_BIAS:
-        z += to_fp32(tl.load(down_b_ptr + offs_r, mask=mask_r, other=0.0), INTERPRET)[None, :]
-    h = _as_operand(activate(z, ACT), up_w_ptr, PRECISION, INTERPRET)
-    for n_0 in range(0, N, BLOCK_N):
-        offs_n = n_0 + tl.arange(0, BLOCK_N)
-        u = tl.load(
-            up_w_ptr + offs_n.to(tl.int64)[None, :] * R + offs_r[:, None],
-            mask=mask_r[:, None] & (offs_n < N)[None, :],
-            other=0.0,
-        )
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        acc = dot(h, u, acc, PRECISION, INTERPRET)
-        _output_tile(
-            acc,
-            m_0,
-            n_0,
-            M,
-            N,
-            up_b_ptr,
-            scale_ptr,
-            residual_ptr,
-            seed_ptr,
-            out_ptr,
-            threshold,
-            keep_scale,
-            HAS_BIAS,
-            SCALES,
-            HAS_RESIDUAL,
-            DROPOUT,
-            QUADS,
-            BLOCK_M,
-            BLOCK_N,
-            INTERPRET,
-        )
 
 
 @triton.jit
@@ -181,7 +117,7 @@ def _expand_kernel(
     BLOCK_R: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """One tile of out from the sum of PARTS [M, R]: the second half of ``_bottleneck_kernel``.
+    """One tile of out from the sum of PARTS [M, R]: the second half of an adapter of few rows.
 
     With W = D^T and no activation it is ``dx = dz D + residual``.
     """
@@ -189,6 +125,7 @@ def _expand_kernel(
     m_0 = (tl.program_id(0) // tiles_n) * BLOCK_M
     n_0 = (tl.program_id(0) % tiles_n) * BLOCK_N
     offs_m, offs_n = m_0 + tl.arange(0, BLOCK_M), n_0 + tl.arange(0, BLOCK_N)
+    residual = _residual_tile(residual_ptr, m_0, n_0, M, N, HAS_RESIDUAL, BLOCK_M, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for r_0 in range(0, R, BLOCK_R):
         offs_r = r_0 + tl.arange(0, BLOCK_R)
@@ -208,27 +145,9 @@ def _expand_kernel(
         h = _as_operand(activate(z, ACT), w_ptr, PRECISION, INTERPRET)
         acc = dot(h, w, acc, PRECISION, INTERPRET)
     _output_tile(
-        acc,
-        m_0,
-        n_0,
-        M,
-        N,
-        up_b_ptr,
-        scale_ptr,
-        residual_ptr,
-        seed_ptr,
-        out_ptr,
-        threshold,
-        keep_scale,
-        HAS_BIAS,
-        SCALES,
-        HAS_RESIDUAL,
-        DROPOUT,
-        QUADS,
-        BLOCK_M,
-        BLOCK_N,
-        INTERPRET,
-    )
+        acc, residual, m_0, n_0, M, N, up_b_ptr, scale_ptr, seed_ptr, out_ptr, threshold,
+        keep_scale, HAS_BIAS, SCALES, DROPOUT, QUADS, BLOCK_M, BLOCK_N, INTERPRET,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -254,19 +173,73 @@ def _hidden_kernel(
     if HAS_DOWN_BIAS:
         z += to_fp32(tl.load(down_b_ptr + offs % R, mask=mask, other=0.0), INTERPRET)
     tl.store(z_ptr + offs, z, mask=mask)
-    tl.store(h_ptr + offs, activate(z, ACT), mask=mask)
+    h = round_to(activate(z, ACT), h_ptr.dtype.element_ty, INTERPRET)
+    tl.store(h_ptr + offs, h, mask=mask)
 
 
 @triton.jit
-def _up_gradient_kernel(
+def _kept_tile(
+    dy_ptr,
+    offs_m,
+    offs_n,
+    m_0,
+    n_0,
+    M,
+    N,
+    seed_ptr,
+    threshold,
+    keep_scale,
+    DROPOUT: tl.constexpr,
+    QUADS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """g = mask(dy): a tile [BLOCK_M, BLOCK_N] as the products take it."""
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    g = tl.load(dy_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :], mask=mask, other=0.0)
+    if DROPOUT:
+        keep = keep_tile(m_0, n_0, N, seed_ptr, threshold, BLOCK_M, BLOCK_N, QUADS)
+        kept = tl.where(keep, to_fp32(g, INTERPRET) * keep_scale, 0.0)
+        g = _as_operand(kept, dy_ptr, PRECISION, INTERPRET)
+    return g
+
+
+@triton.jit
+def _scaled_rows(
+    up_w_ptr,
+    scale_ptr,
+    offs_n,
+    offs_r,
+    N,
+    R,
+    SCALES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """scale U: rows ``offs_n`` of [N, R]."""
+    mask_n = offs_n < N
+    u = tl.load(
+        up_w_ptr + offs_n.to(tl.int64)[:, None] * R + offs_r[None, :],
+        mask=mask_n[:, None] & (offs_r < R)[None, :],
+        other=0.0,
+    )
+    if SCALES == 1:
+        u = _scaled(u, to_fp32(tl.load(scale_ptr), INTERPRET), PRECISION, INTERPRET)
+    if SCALES > 1:
+        factor = to_fp32(tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0), INTERPRET)
+        u = _scaled(u, factor[:, None], PRECISION, INTERPRET)
+    return u
+
+
+@triton.jit
+def _hidden_gradient_kernel(
     dy_ptr,
     up_w_ptr,
-    h_ptr,
     scale_ptr,
     seed_ptr,
-    dh_parts_ptr,
-    p_parts_ptr,
-    q_parts_ptr,
+    parts_ptr,
     M,
     N,
     R,
@@ -275,66 +248,88 @@ def _up_gradient_kernel(
     SCALES: tl.constexpr,
     DROPOUT: tl.constexpr,
     QUADS: tl.constexpr,
-    NEED_DW: tl.constexpr,
     PRECISION: tl.constexpr,
-    GRADIENT_PRECISION: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """One read of dy, with ``g = mask(dy)``, for parts of three sums.
+    """parts[p, m, r] = (scale g) U over range p of the output features."""
+    pid = tl.program_id(0)
+    tiles_m, tiles_r = tl.cdiv(M, BLOCK_M), tl.cdiv(R, BLOCK_R)
+    part = pid // (tiles_m * tiles_r)
+    m_0 = ((pid // tiles_r) % tiles_m) * BLOCK_M
+    offs_r = (pid % tiles_r) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_m = m_0 + tl.arange(0, BLOCK_M)
+    steps = tl.cdiv(tl.cdiv(N, BLOCK_N), SPLIT)
+    begin = part * steps * BLOCK_N
+    dh = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    for n_0 in range(begin, tl.minimum(begin + steps * BLOCK_N, N), BLOCK_N):
+        offs_n = n_0 + tl.arange(0, BLOCK_N)
+        g = _kept_tile(
+            dy_ptr, offs_m, offs_n, m_0, n_0, M, N, seed_ptr, threshold, keep_scale, DROPOUT, QUADS,
+            PRECISION, BLOCK_M, BLOCK_N, INTERPRET,
+        )  # fmt: skip
+        u = _scaled_rows(up_w_ptr, scale_ptr, offs_n, offs_r, N, R, SCALES, PRECISION, INTERPRET)
+        dh = dot(g, u, dh, PRECISION, INTERPRET)
+    rows = parts_ptr + (part.to(tl.int64) * M + offs_m)[:, None] * R
+    tl.store(rows + offs_r[None, :], dh, mask=(offs_m < M)[:, None] & (offs_r < R)[None, :])
 
-    dh_parts[n tile, m, r] = (scale g) U; p_parts[range of m, n, r] = g^T h; q_parts: g summed.
-    """
+
+@triton.jit
+def _up_gradient_kernel(
+    dy_ptr,
+    h_ptr,
+    seed_ptr,
+    p_parts_ptr,
+    q_parts_ptr,
+    M,
+    N,
+    R,
+    threshold,
+    keep_scale,
+    DROPOUT: tl.constexpr,
+    QUADS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """p_parts[range of m, n, r] = g^T h and q_parts[range of m, n] = g summed over the rows."""
     pid = tl.program_id(0)
     tiles_n, tiles_r = tl.cdiv(N, BLOCK_N), tl.cdiv(R, BLOCK_R)
     part = pid // (tiles_n * tiles_r)
-    tile_n = (pid // tiles_r) % tiles_n
+    n_0 = ((pid // tiles_r) % tiles_n) * BLOCK_N
     tile_r = pid % tiles_r
-    offs_r = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
-    n_0 = tile_n * BLOCK_N
-    offs_n = n_0 + tl.arange(0, BLOCK_N)
+    offs_r, offs_n = tile_r * BLOCK_R + tl.arange(0, BLOCK_R), n_0 + tl.arange(0, BLOCK_N)
     mask_n, mask_r = offs_n < N, offs_r < R
-    mask_nr = mask_n[:, None] & mask_r[None, :]
-    offs_nr = offs_n.to(tl.int64)[:, None] * R + offs_r[None, :]
-    u = tl.load(up_w_ptr + offs_nr, mask=mask_nr, other=0.0)
-    if SCALES == 1:
-        u = _scaled(u, to_fp32(tl.load(scale_ptr), INTERPRET), PRECISION, INTERPRET)
-    if SCALES > 1:
-        factor = to_fp32(tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0), INTERPRET)
-        u = _scaled(u, factor[:, None], PRECISION, INTERPRET)
     p = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
     q = tl.zeros([BLOCK_N], tl.float32)
     steps = tl.cdiv(tl.cdiv(M, BLOCK_M), SPLIT)
     begin = part * steps * BLOCK_M
     for m_0 in range(begin, tl.minimum(begin + steps * BLOCK_M, M), BLOCK_M):
         offs_m = m_0 + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < M
-        mask_mr = mask_m[:, None] & mask_r[None, :]
-        rows_m = offs_m.to(tl.int64)[:, None]
-        g = tl.load(
-            dy_ptr + rows_m * N + offs_n[None, :],
-            mask=mask_m[:, None] & mask_n[None, :],
+        g = _kept_tile(
+            dy_ptr, offs_m, offs_n, m_0, n_0, M, N, seed_ptr, threshold, keep_scale, DROPOUT, QUADS,
+            PRECISION, BLOCK_M, BLOCK_N, INTERPRET,
+        )  # fmt: skip
+        h = tl.load(
+            h_ptr + offs_m.to(tl.int64)[:, None] * R + offs_r[None, :],
+            mask=(offs_m < M)[:, None] & mask_r[None, :],
             other=0.0,
         )
-        if DROPOUT:
-            keep = keep_tile(m_0, n_0, N, seed_ptr, threshold, BLOCK_M, BLOCK_N, QUADS)
-            kept = tl.where(keep, to_fp32(g, INTERPRET) * keep_scale, 0.0)
-            g = _as_operand(kept, dy_ptr, PRECISION, INTERPRET)
-        dh = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-        dh = dot(g, u, dh, PRECISION, INTERPRET)
-        rows_dh = dh_parts_ptr + (tile_n.to(tl.int64) * M + offs_m)[:, None] * R
-        tl.store(rows_dh + offs_r[None, :], dh, mask=mask_mr)
-        if NEED_DW:
-            h = tl.load(h_ptr + rows_m * R + offs_r[None, :], mask=mask_mr, other=0.0)
-            p = dot(tl.trans(g), h, p, GRADIENT_PRECISION, INTERPRET)
-            q += tl.sum(to_fp32(g, INTERPRET), axis=0)
-    if NEED_DW:
-        rows = part.to(tl.int64) * N
-        tl.store(p_parts_ptr + rows * R + offs_nr, p, mask=mask_nr)
-        tl.store(q_parts_ptr + rows + offs_n, q, mask=mask_n & (tile_r == 0))
+        p = dot(tl.trans(g), h, p, PRECISION, INTERPRET)
+        q += tl.sum(to_fp32(g, INTERPRET), axis=0)
+    rows = part.to(tl.int64) * N + offs_n
+    tl.store(
+        p_parts_ptr + rows[:, None] * R + offs_r[None, :],
+        p,
+        mask=mask_n[:, None] & mask_r[None, :],
+    )
+    tl.store(q_parts_ptr + rows, q, mask=mask_n & (tile_r == 0))
 
 
 @triton.jit

@@ -6,7 +6,7 @@ know no GPU by name: any from compute capability 8.0 on is served.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peftkern.tuning.model import STORED_BYTES
 
@@ -159,24 +159,6 @@ def down_gradient_config(m: int, features: int, rank: int) -> RankConfig:
     return RankConfig(32, block_c, block_r, split, 4, 2)
 
 
-def bottleneck_config(m: int, rank: int, fp32: bool) -> RankConfig | None:
-    """Tiles of the one-launch bottleneck; ``None`` where its rows would leave most of a GPU idle.
-
-    A program keeps the whole bottleneck of its rows in registers: up to 128, and 64 of fp32
-    weights, whose products are split in three.
-    """
-    if rank > (64 if fp32 else 128) or m < 16 * _WANTED_PROGRAMS // 2:
-        return None
-    block_m = 32 if m >= 32 * _WANTED_PROGRAMS // 2 else 16
-    return RankConfig(block_m, 64, max(16, 1 << (rank - 1).bit_length()), 1, 4, 3)
-
-
-def expand_config(m: int, rank: int, fp32: bool) -> RankConfig:
-    """Tiles of the pass from a bottleneck to output features."""
-    block_m = 16 if m <= 16 else 32
-    return RankConfig(block_m, 64 if fp32 else 128, 16 if rank <= 16 else 32, 1, 4, 2)
-
-
 def attention_config(depth: int, fp32: bool, backward: bool) -> RankConfig:
     """Tiles of the attention kernels: queries a step, keys a step, and the padded head."""
     block_d = max(16, 1 << (depth - 1).bit_length())
@@ -187,3 +169,46 @@ def attention_config(depth: int, fp32: bool, backward: bool) -> RankConfig:
     else:
         tiles = (128, 64) if block_d <= 128 else (64, 32)
     return RankConfig(*tiles, block_d, 1, 8, 2)  # 4 warps spill under a mask
+
+
+def norm_config(rows: int, cols: int, rank: int, format: str) -> RankConfig:
+    """Tiles of ``W Aᵀ`` for DoRA's norms: rows and columns of the stored base times ranks.
+
+    A tile of a 4-bit base must not reach over the end of a row.
+    """
+    # Wider tiles of fp32 weights, whose products are split in three, spill on 8.0.
+    block_m, block_r = (64, 16) if rank <= 16 else (32, 32)
+    block_c = _divisor(cols, 64) if format in ("nf4", "fp4") else 64
+    programs = -(-rows // block_m) * -(-rank // block_r)
+    split = max(1, min(-(-_WANTED_PROGRAMS // max(programs, 1)), cols // 512))
+    return RankConfig(block_m, block_c, block_r, split, 4, 2)
+
+
+def column_config(m: int, fp32: bool) -> RankConfig:
+    """Tiles of the pass that adds a low-rank term to a finished product and scales its columns."""
+    return RankConfig(16 if m <= 16 else 32, 64 if fp32 else 128, 16, 1, 4, 1)
+
+
+def dora_gradient_config(m: int, features: int, rank: int, fp32: bool) -> RankConfig:
+    """Tiles of DoRA's pass over dY: those of LoRA's, with room for the columns' scales."""
+    config = adapter_gradient_config(m, features, rank)
+    if fp32 and config.block_c > 64:  # products split in three
+        return replace(config, block_c=64)
+    return config
+
+
+def share_config(depth: int, heads: int, queries: int, backward: bool) -> RankConfig:
+    """Tiles of the prefix's share of attention: queries a step, prefix rows a step, padded head.
+
+    Args:
+        depth: of a head.
+        heads: batch times heads: programs of the backward, each cut into ``split`` of queries.
+        queries: of each head.
+        backward: prefix gradients stay in registers beside the tiles.
+    """
+    block_d = max(16, 1 << (depth - 1).bit_length())
+    if not backward:
+        return RankConfig(64, 32, block_d, 1, 8 if block_d > 128 else 4, 1)
+    split = max(1, min(-(-_WANTED_PROGRAMS // max(heads, 1)), -(-queries // 256)))
+    tiles = (32, 64) if block_d <= 128 else (16, 32)
+    return RankConfig(*tiles, block_d, split, 4 if block_d <= 64 else 8, 1)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from peftkern.registry import implementation
 from peftkern.triton_kernels.launch import interpreting, launch, refusal
 from peftkern.triton_kernels.matmul import Dropout
-from peftkern.triton_kernels.passes import (
-    down_gradient,
-    gradient_precision,
-    precision,
-    shrink_parts,
+from peftkern.triton_kernels.passes import add_parts, down_gradient, precision, shrink_parts
+from peftkern.tuning.bottleneck import (
+    BottleneckConfig,
+    bottleneck_config,
+    expand_config,
+    hidden_gradient_config,
+    up_gradient_config,
 )
-from peftkern.tuning.configs import adapter_gradient_config, bottleneck_config, expand_config
 
 
 def _entries(scale: Tensor | None) -> int:
@@ -53,18 +52,18 @@ def bottleneck_adapter(
     seed: Tensor | None,
 ) -> Tensor:
     """One launch from x to y where the rows fill the GPU; else the bottleneck in parts, then y."""
-    from peftkern.triton_kernels import bottleneck
+    from peftkern.triton_kernels import bottleneck_rows
 
     (m, c), r, n = x.shape, down_w.shape[0], up_w.shape[0]
     dropout = Dropout.of(dropout_p, seed)
-    config = bottleneck_config(m, r, down_w.dtype == torch.float32)
+    config = bottleneck_config(m, c, n, r, down_w.dtype == torch.float32, False)
     if config is None or 0 in (m, n):
-        parts = shrink_parts(x, down_w, Dropout.of(0.0, None))
+        parts = _few(shrink_parts(x, down_w, Dropout.of(0.0, None)), m)
         weights = (down_b, up_w, up_b, scale)
         return _expand(x, parts, *weights, residual, activation, dropout, up_w.stride())
     out = x.new_empty((m, n))
     launch(
-        bottleneck._bottleneck_kernel,
+        bottleneck_rows._bottleneck_kernel,
         -(-m // config.block_m),
         x,
         x,
@@ -92,13 +91,20 @@ def bottleneck_adapter(
         PRECISION=precision(x, down_w),
         BLOCK_M=config.block_m,
         BLOCK_C=config.block_c,
-        BLOCK_N=config.block_c,
+        BLOCK_N=config.block_n,
         BLOCK_R=config.block_r,
         INTERPRET=interpreting(),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
     return out
+
+
+def _few(parts: Tensor, m: int) -> Tensor:
+    """Parts that many programs will read, added up once; few rows leave that to the reader."""
+    if parts.shape[0] == 1 or m <= 64:
+        return parts
+    return add_parts(parts, parts.new_empty(parts.shape[1:]), 1.0)[None]
 
 
 def _expand(
@@ -157,12 +163,14 @@ def _expand(
     return out
 
 
-def _hidden(parts: Tensor, down_b: Tensor | None, activation: str) -> tuple[Tensor, Tensor]:
-    """z and act(z), fp32 [M, R], from the parts of ``x Dᵀ``."""
+def _hidden(
+    parts: Tensor, down_b: Tensor | None, activation: str, kind: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """z, fp32, and act(z) of dtype ``kind``, [M, R], from the parts of ``x Dᵀ``."""
     from peftkern.triton_kernels import bottleneck
 
     count, m, r = parts.shape
-    z, h = parts.new_empty((m, r)), parts.new_empty((m, r))
+    z, h = parts.new_empty((m, r)), parts.new_empty((m, r), dtype=kind)
     launch(
         bottleneck._hidden_kernel,
         -(-m * r // 1024),
@@ -219,27 +227,150 @@ def bottleneck_adapter_backward(
     need_dx: bool,
     need_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The bottleneck again from x; one pass over dy; then dx, and dD from x."""
-    from peftkern.triton_kernels import bottleneck
-
+    """By whole rows where that is faster, else pass by pass; dU and dD in passes of their own."""
     empty = down_w.new_empty(0)
     if not (need_dx or need_dw):
         return x.new_empty(0), empty, empty, empty, empty, empty
-    m, r = dy.shape[0], down_w.shape[0]
-    nothing = Dropout.of(0.0, None)
-    z, h = _hidden(shrink_parts(x, down_w, nothing), down_b, activation)
     dropout = Dropout.of(dropout_p, seed)
-    dh_parts, p_parts, q_parts = _pass_over_dy(dy, h, up_w, scale, dropout, need_dw)
+    weights = (down_w, down_b, up_w, scale)
+    (m, c), r, n = x.shape, down_w.shape[0], up_w.shape[0]
+    config = bottleneck_config(m, c, n, r, down_w.dtype == torch.float32, True)
+    if config is None or 0 in (m, n, c):
+        h, dz, dx = _by_passes(dy, x, *weights, activation, dropout, add_dy, need_dx)
+    else:
+        h, dz, dx = _by_rows(dy, x, *weights, activation, dropout, add_dy, need_dx, need_dw, config)
+    if not need_dw:
+        return dx, empty, empty, empty, empty, empty
+    ddown_w = down_gradient(dz, x, down_w, Dropout.of(0.0, None))
+    ddown_b = empty if down_b is None else _column_sum(dz, down_b)
+    p_parts, q_parts = _up_gradient(dy, h, up_w, dropout)
+    dup_w, dup_b, dscale = _finish(p_parts, q_parts, up_w, up_b, scale)
+    return dx, ddown_w, ddown_b, dup_w, dup_b, dscale
+
+
+def _operand_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """In which products take h: the weights' own where they are 16-bit ones."""
+    return x.dtype if precision(x, weight) == "native" else torch.float32
+
+
+def _by_rows(
+    dy: Tensor,
+    x: Tensor,
+    down_w: Tensor,
+    down_b: Tensor | None,
+    up_w: Tensor,
+    scale: Tensor | None,
+    activation: str,
+    dropout: Dropout,
+    add_dy: bool,
+    need_dx: bool,
+    need_dw: bool,
+    config: BottleneckConfig,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """h, dz and dx in one launch that reads x and dy once from memory."""
+    from peftkern.triton_kernels import bottleneck_rows
+
+    (m, c), r, n = x.shape, down_w.shape[0], up_w.shape[0]
+    small = (m, r) if need_dw else (0,)
+    h = x.new_empty(small, dtype=_operand_dtype(x, up_w))
+    dz = x.new_empty(small, dtype=torch.float32)
+    dx = torch.empty_like(x) if need_dx else x.new_empty(0)
+    launch(
+        bottleneck_rows._bottleneck_backward_kernel,
+        -(-m // config.block_m),
+        x,
+        x,
+        dy,
+        down_w,
+        down_b,
+        up_w,
+        scale,
+        dropout.seed,
+        h,
+        dz,
+        dx,
+        m,
+        n,
+        c,
+        r,
+        dropout.threshold,
+        dropout.scale,
+        ACT=activation,
+        HAS_DOWN_BIAS=down_b is not None,
+        SCALES=_entries(scale),
+        ADD_DY=add_dy,
+        NEED_DX=need_dx,
+        NEED_DW=need_dw,
+        DROPOUT=dropout.seed is not None,
+        QUADS=n % 4 == 0,
+        PRECISION=precision(x, down_w),
+        BLOCK_M=config.block_m,
+        BLOCK_C=config.block_c,
+        BLOCK_N=config.block_n,
+        BLOCK_R=config.block_r,
+        INTERPRET=interpreting(),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return h, dz, dx
+
+
+def _by_passes(
+    dy: Tensor,
+    x: Tensor,
+    down_w: Tensor,
+    down_b: Tensor | None,
+    up_w: Tensor,
+    scale: Tensor | None,
+    activation: str,
+    dropout: Dropout,
+    add_dy: bool,
+    need_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, each pass cut so that few rows fill a GPU."""
+    from peftkern.triton_kernels import bottleneck
+
+    (m, n), r = dy.shape, down_w.shape[0]
+    nothing = Dropout.of(0.0, None)
+    z, h = _hidden(shrink_parts(x, down_w, nothing), down_b, activation, _operand_dtype(x, up_w))
+    config = hidden_gradient_config(m, n, r, up_w.dtype == torch.float32)
+    parts = z.new_empty((config.split, m, r))
+    launch(
+        bottleneck._hidden_gradient_kernel,
+        -(-m // config.block_m) * -(-r // config.block_r) * config.split,
+        dy,
+        dy,
+        up_w,
+        scale,
+        dropout.seed,
+        parts,
+        m,
+        n,
+        r,
+        dropout.threshold,
+        dropout.scale,
+        SCALES=_entries(scale),
+        DROPOUT=dropout.seed is not None,
+        QUADS=n % 4 == 0,
+        PRECISION=precision(dy, up_w),
+        SPLIT=config.split,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_c,
+        BLOCK_R=config.block_r,
+        INTERPRET=interpreting(),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
     dz = torch.empty_like(z)
     launch(
         bottleneck._middle_kernel,
         -(-m * r // 1024),
         dy,
-        dh_parts,
+        parts,
         z,
         dz,
         m * r,
-        dh_parts.shape[0],
+        parts.shape[0],
         ACT=activation,
         BLOCK=1024,
         num_warps=4,
@@ -249,39 +380,24 @@ def bottleneck_adapter_backward(
         residual = dy if add_dy else None
         strides = (1, down_w.shape[1])  # D [R, K] seen as [K, R]
         dx = _expand(x, dz[None], None, down_w, None, None, residual, "identity", nothing, strides)
-    if not need_dw:
-        return dx, empty, empty, empty, empty, empty
-    ddown_w = down_gradient(dz, x, down_w, nothing)
-    ddown_b = empty if down_b is None else _column_sum(dz, down_b)
-    dup_w, dup_b, dscale = _finish(p_parts, q_parts, up_w, up_b, scale)
-    return dx, ddown_w, ddown_b, dup_w, dup_b, dscale
+    return h, dz, dx
 
 
-def _pass_over_dy(
-    dy: Tensor, h: Tensor, up_w: Tensor, scale: Tensor | None, dropout: Dropout, need_dw: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Parts of ``(scale g) U`` [T, M, R], ``gᵀ h`` [S, N, R] and of g's column sums [S, N]."""
+def _up_gradient(dy: Tensor, h: Tensor, up_w: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor]:
+    """Parts of ``gᵀ h`` [S, N, R] and of g's column sums [S, N], in one pass over dy."""
     from peftkern.triton_kernels import bottleneck
 
-    (m, n), r = dy.shape, up_w.shape[1]
-    config = adapter_gradient_config(m, n, r)
-    if up_w.dtype == torch.float32:
-        # Products split in three beside 128 columns: spills.
-        config = replace(config, block_c=min(config.block_c, 64))
-    tiles_n = -(-n // config.block_c)
-    dh_parts = h.new_empty((tiles_n, m, r))
-    p_parts = h.new_empty((config.split, n, r) if need_dw else (0,))
-    q_parts = h.new_empty((config.split, n) if need_dw else (0,))
+    (m, n), r = dy.shape, h.shape[1]
+    config = up_gradient_config(m, n, r, up_w.dtype == torch.float32)
+    p_parts = dy.new_empty((config.split, n, r), dtype=torch.float32)
+    q_parts = p_parts.new_empty((config.split, n))
     launch(
         bottleneck._up_gradient_kernel,
-        tiles_n * -(-r // config.block_r) * config.split,
+        -(-n // config.block_c) * -(-r // config.block_r) * config.split,
         dy,
         dy,
-        up_w,
         h,
-        scale,
         dropout.seed,
-        dh_parts,
         p_parts,
         q_parts,
         m,
@@ -289,12 +405,9 @@ def _pass_over_dy(
         r,
         dropout.threshold,
         dropout.scale,
-        SCALES=_entries(scale),
         DROPOUT=dropout.seed is not None,
         QUADS=n % 4 == 0,
-        NEED_DW=need_dw,
         PRECISION=precision(dy, up_w),
-        GRADIENT_PRECISION=gradient_precision(up_w),
         SPLIT=config.split,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_c,
@@ -303,7 +416,7 @@ def _pass_over_dy(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return dh_parts, p_parts, q_parts
+    return p_parts, q_parts
 
 
 def _column_sum(x: Tensor, like: Tensor) -> Tensor:

@@ -29,6 +29,8 @@ _CASES = (
     (4, 0, 64, 4, "dense", 0, False, False, 0.0, True, True),
     (4, 8, 0, 4, "int8", 0, False, True, 0.0, True, True),
     (1, 1, 1, 1, "dense", 0, False, True, 0.0, False, True),
+    (33, 40, 96, 20, "nf4", 64, False, True, 0.2, True, True),
+    (6, 17, 64, 40, "dense", 0, False, False, 0.0, False, True),
 )
 
 

@@ -19,6 +19,7 @@ from peftkern.triton_kernels.matmul import Dropout, LowRank, finish, matmul
 from peftkern.triton_kernels.passes import adapter_gradient, down_gradient, shrink
 
 _BLOCK_M, _BLOCK_R = 32, 32
+_ONE_PASS_RANK = 16
 
 
 @dataclass(frozen=True)
@@ -259,7 +260,7 @@ def multi_lora_linear_backward(
     if adapters.groups:
         wide = _spread(s, adapter_ids, adapters)
         b = torch.cat([group.b for group in adapters.groups], dim=1)
-        ds, db = adapter_gradient(dy, wide, b, 1.0, need_dab)
+        ds, db = _gradients(dy, wide, b, need_dab)
         ds = _route(ds, adapter_ids, adapters)
         for group in adapters.groups:
             own = ds[:, group.first : group.first + group.a.shape[0]].contiguous()
@@ -283,6 +284,19 @@ def multi_lora_linear_backward(
         for low in lows[1:]:
             finish(dx[None], dx, None, low)
     return dx, das, dbs
+
+
+def _gradients(dy: Tensor, wide: Tensor, b: Tensor, need_db: bool) -> tuple[Tensor, Tensor]:
+    """dS [M, R] and dB [N, R] of all adapters; wide ones by two passes over dy.
+
+    One pass leaves a part of dS for each tile of dy: beyond rank 16 these are more than dy.
+    """
+    if b.shape[1] <= _ONE_PASS_RANK:
+        return adapter_gradient(dy, wide, b, 1.0, need_db)
+    nothing = Dropout.of(0.0, None)
+    thin = b.t().contiguous()
+    ds = shrink(dy, thin, nothing)
+    return ds, down_gradient(wide, dy, thin, nothing).t() if need_db else b.new_empty(0)
 
 
 def _route(ds: Tensor, ids: Tensor, adapters: _Adapters) -> Tensor:

@@ -25,6 +25,9 @@ _CASES = (
     (2, 2, 1, 0, 6, 16, 4, "none", False, 0.0, True, False),
     (0, 2, 1, 4, 4, 16, 4, "none", True, 0.0, True, False),
     (1, 1, 1, 1, 1, 1, 1, "none", True, 0.0, False, True),
+    (2, 4, 2, 70, 70, 64, 69, "none", True, 0.0, True, False),
+    (2, 2, 1, 40, 23, 128, 33, "none", False, 0.0, False, True),
+    (1, 2, 2, 33, 33, 8, 0, "none", True, 0.0, True, False),
 )
 
 

@@ -1,4 +1,9 @@
-"""Attention with a trainable prefix by Triton on an NVIDIA GPU."""
+"""Attention with a trainable prefix on an NVIDIA GPU.
+
+Where torch's own fused attention takes the sequence's part (16-bit, no mask, no dropout), it does,
+and one Triton pass adds the prefix's share: see ``shared.py``. The rest, masks among it, is served
+by one Triton kernel over prefix and sequence.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from peftkern.ops.prefix import library, shared
+from peftkern.ops.prefix.shared import heads_inside, prefix_stride, strides
 from peftkern.registry import implementation
 from peftkern.triton_kernels.launch import interpreting, launch, refusal
 from peftkern.triton_kernels.matmul import Dropout
@@ -16,25 +23,10 @@ from peftkern.tuning.configs import RankConfig, attention_config
 _LARGEST_HEAD = 256
 
 
-def _heads_inside(x: Tensor) -> Tensor:
-    """An empty [B, H, L, D] as the view of a contiguous [B, L, H, D]."""
-    batch, heads, length, depth = x.shape
-    return x.new_empty((batch, length, heads, depth)).transpose(1, 2)
-
-
 def _refusal(q: Tensor, prefix: Tensor) -> str | None:
     if q.shape[3] > _LARGEST_HEAD:
         return f"a head of {q.shape[3]}, the kernels take up to {_LARGEST_HEAD}"
     return refusal(q, q.dtype, prefix.dtype)
-
-
-def _strides(value: Tensor) -> tuple[int, ...]:
-    return value.stride()[:3]
-
-
-def _prefix_stride(prefix: Tensor) -> int:
-    """From one batch row's prefix to the next one's; 0 where they share it."""
-    return prefix.stride(0) if prefix.dim() == 4 else 0
 
 
 def _mask_arguments(
@@ -109,16 +101,35 @@ def prefix_attention(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """One launch; the prefix is read as it is stored and never joined to the keys."""
+    """The prefix is read as it is stored and never joined to the keys."""
+    way = library.choose(q, k, v, attn_mask, is_causal, scale, dropout_p)
+    if way is not None:
+        return shared.forward(way, q, k, v, prefix_k, prefix_v, is_causal, float(scale))
+    return one_pass(q, k, v, prefix_k, prefix_v, attn_mask, is_causal, scale, dropout_p, seed)
+
+
+def one_pass(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """One launch over the prefix's tiles and those of the sequence."""
     from peftkern.triton_kernels import prefix
 
     batch, heads, queries, depth = q.shape
     # A few rows: tiles of fp32 masters would take twice the shared memory all along.
     prefix_k, prefix_v = prefix_k.to(q.dtype), prefix_v.to(q.dtype)
-    out = _heads_inside(q)
+    out = heads_inside(q)
     lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
     dropout = Dropout.of(dropout_p, seed)
-    mask, mask_strides, kind = _mask_arguments(attn_mask)
+    mask, mask_steps, kind = _mask_arguments(attn_mask)
     config = _config(q, attn_mask is not None, False)
     launch(
         prefix._prefix_forward_kernel,
@@ -139,11 +150,11 @@ def prefix_attention(
         k.shape[2],
         prefix_k.shape[-2],
         depth,
-        *_strides(q),
-        *_strides(k),
-        *_strides(v),
-        _prefix_stride(prefix_k),
-        *mask_strides,
+        *strides(q),
+        *strides(k),
+        *strides(v),
+        prefix_stride(prefix_k),
+        *mask_steps,
         float(scale),
         dropout.threshold,
         dropout.scale,
@@ -195,13 +206,54 @@ def prefix_attention_backward(
     need_dqkv: bool,
     need_dprefix: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq by rows of queries, dk and dv by rows of keys, the prefix's in parts added in order."""
+    """The prefix's gradients are made in parts that are added in order."""
+    way = library.choose(q, k, v, attn_mask, is_causal, scale, dropout_p)
+    if way is not None:
+        whole = (dout, q, k, v, prefix_k, prefix_v, out, lse, is_causal, float(scale))
+        return shared.backward(way, *whole, need_dqkv, need_dprefix)
+    return one_pass_backward(
+        dout,
+        q,
+        k,
+        v,
+        prefix_k,
+        prefix_v,
+        out,
+        lse,
+        attn_mask,
+        is_causal,
+        scale,
+        dropout_p,
+        seed,
+        need_dqkv,
+        need_dprefix,
+    )
+
+
+def one_pass_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    need_dqkv: bool,
+    need_dprefix: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq by rows of queries, dk and dv by rows of keys, the prefix's like those of other keys."""
     from peftkern.triton_kernels import prefix
 
     batch, heads, queries, depth = q.shape
     kv_heads, keys, length = k.shape[1], k.shape[2], prefix_k.shape[-2]
     dropout = Dropout.of(dropout_p, seed)
-    mask, mask_strides, kind = _mask_arguments(attn_mask)
+    mask, mask_steps, kind = _mask_arguments(attn_mask)
     config = _config(q, attn_mask is not None, True)
     constants = {**_constants(q, k, prefix_k, dropout), **_tiles(config)}
     delta = torch.empty_like(lse)
@@ -215,8 +267,8 @@ def prefix_attention_backward(
         heads,
         queries,
         depth,
-        *_strides(dout),
-        *_strides(out),
+        *strides(dout),
+        *strides(out),
         BLOCK_M=64,
         BLOCK_D=config.block_r,
         INTERPRET=interpreting(),
@@ -228,7 +280,7 @@ def prefix_attention_backward(
     numbers = (float(scale), dropout.threshold, dropout.scale)
     dq, dk, dv = (t.new_empty(0) for t in (q, k, v))
     if need_dqkv:
-        dq, dk, dv = (_heads_inside(t) for t in (q, k, v))
+        dq, dk, dv = (heads_inside(t) for t in (q, k, v))
         launch(
             prefix._prefix_dq_kernel,
             batch * heads * -(-queries // config.block_m),
@@ -245,12 +297,12 @@ def prefix_attention_backward(
             dropout.seed,
             dq,
             *sizes,
-            *_strides(dout),
-            *_strides(q),
-            *_strides(k),
-            *_strides(v),
-            _prefix_stride(prefix_k),
-            *mask_strides,
+            *strides(dout),
+            *strides(q),
+            *strides(k),
+            *strides(v),
+            prefix_stride(prefix_k),
+            *mask_steps,
             *numbers,
             ATTN=kind,
             CAUSAL=is_causal,
@@ -272,11 +324,11 @@ def prefix_attention_backward(
             dv,
             batch,
             *sizes,
-            *_strides(dout),
-            *_strides(q),
-            *_strides(k),
-            *_strides(v),
-            *mask_strides,
+            *strides(dout),
+            *strides(q),
+            *strides(k),
+            *strides(v),
+            *mask_steps,
             *numbers,
             PREFIX=False,
             ATTN=kind,
@@ -288,7 +340,7 @@ def prefix_attention_backward(
     group = heads // kv_heads
     shape = (group, batch, kv_heads, length, depth)
     parts = [lse.new_empty(shape) for _ in range(2)]
-    one = (_prefix_stride(prefix_k), length * depth, depth)
+    one = (prefix_stride(prefix_k), length * depth, depth)
     launch(
         prefix._prefix_dkv_kernel,
         group * batch * kv_heads * -(-length // config.block_c),
@@ -304,8 +356,8 @@ def prefix_attention_backward(
         *parts,
         batch,
         *sizes,
-        *_strides(dout),
-        *_strides(q),
+        *strides(dout),
+        *strides(q),
         *one,
         *one,
         0,
