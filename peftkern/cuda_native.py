@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,14 +38,29 @@ SIGNATURES = {
     "linear_rows_4bit": "pinnnppppiipppiifpp",
     "linear_rows_8bit": "pinnnpppppiifpp",
     "linear_4bit_mma": "pinnnppppiipppiifppp",
+    "optimizer_step": "pp",
+    "optimizer_norm": "pp",
+    "optimizer_run": "pp",
+    "optimizer_upload": "pp",
+    "optimizer_prepare": "pp",
+    "optimizer_finish": "pp",
 }
 
 
 class Library(Protocol):
     """What an implementation calls: the CUDA library, or the executor's build of it."""
 
-    def launch(self, name: str, device: torch.device, args: tuple[Any, ...]) -> None:
-        """Run ``pk_cuda_<name>`` on the current stream of ``device``; raises if it fails."""
+    def launch(
+        self,
+        name: str,
+        device: torch.device,
+        args: tuple[Any, ...],
+        reaches: Iterable[Tensor] = (),
+    ) -> None:
+        """Run ``pk_cuda_<name>`` on the current stream of ``device``; raises if it fails.
+
+        ``reaches``: tensors whose addresses the kernel finds in memory instead of in ``args``.
+        """
 
     def ask(self, name: str, *args: int) -> int:
         """An ``int64`` that the library computes, such as the size of a workspace."""
@@ -89,7 +104,13 @@ class _CudaLibrary:
     def _text(self, status: int) -> str:
         return f"status {status}: {self._library.pk_cuda_status_text(status).decode()}"
 
-    def launch(self, name: str, device: torch.device, args: tuple[Any, ...]) -> None:
+    def launch(
+        self,
+        name: str,
+        device: torch.device,
+        args: tuple[Any, ...],
+        reaches: Iterable[Tensor] = (),
+    ) -> None:
         function = getattr(self._library, f"pk_cuda_{name}")
         with torch.cuda.device(device):
             self._library.pk_cuda_set_device(device.index or 0)
@@ -153,9 +174,12 @@ def use_library(replacement: Library) -> Iterator[None]:
         _replacement = before
 
 
-def launch(name: str, device: torch.device, *args: Any) -> None:
-    """Launch ``pk_cuda_<name>``; tensors are passed as addresses, the stream is added."""
-    library().launch(name, device, args)
+def launch(name: str, device: torch.device, *args: Any, reaches: Iterable[Tensor] = ()) -> None:
+    """Launch ``pk_cuda_<name>``; tensors are passed as addresses, the stream is added.
+
+    ``reaches``: tensors whose addresses the kernel finds in memory instead of in ``args``.
+    """
+    library().launch(name, device, args, reaches)
 
 
 def refusal(*values: Tensor | torch.dtype | None) -> str | None:
