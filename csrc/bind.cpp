@@ -309,6 +309,7 @@ py::dict tables() {
 PYBIND11_MODULE(_C, m) {
     m.doc() = "CPU kernels of peftkern. Takes raw addresses: use peftkern.functional instead.";
     pk::bind_openmp();
+    bind_optimizer(m);
     bind_pages(m);
     bind_dora(m);
     bind_gated(m);

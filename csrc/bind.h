@@ -115,6 +115,7 @@ inline void add_segment(pk::Product& p, const pk::Operand& x, const pk::Weight& 
 }
 
 // One function a family, called when the module is made.
+void bind_optimizer(py::module_& m);
 void bind_pages(py::module_& m);
 void bind_dora(py::module_& m);
 void bind_gated(py::module_& m);

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,14 +49,29 @@ SIGNATURES = {
     "sampled_rows": "ppinnnpnpp",
     "prompt_embedding": "ppipinnnnnnpp",
     "prompt_gradient": "pinnnpp",
+    "optimizer_step": "pp",
+    "optimizer_norm": "pp",
+    "optimizer_run": "pp",
+    "optimizer_upload": "pp",
+    "optimizer_prepare": "pp",
+    "optimizer_finish": "pp",
 }
 
 
 class Library(Protocol):
     """What an implementation calls: the CUDA library, or the executor's build of it."""
 
-    def launch(self, name: str, device: torch.device, args: tuple[Any, ...]) -> None:
-        """Run ``pk_cuda_<name>`` on the current stream of ``device``; raises if it fails."""
+    def launch(
+        self,
+        name: str,
+        device: torch.device,
+        args: tuple[Any, ...],
+        reaches: Iterable[Tensor] = (),
+    ) -> None:
+        """Run ``pk_cuda_<name>`` on the current stream of ``device``; raises if it fails.
+
+        ``reaches``: tensors whose addresses the kernel finds in memory instead of in ``args``.
+        """
 
     def ask(self, name: str, *args: int) -> int:
         """An ``int64`` that the library computes, such as the size of a workspace."""
@@ -104,7 +119,13 @@ class _CudaLibrary:
     def _text(self, status: int) -> str:
         return f"status {status}: {self._library.pk_cuda_status_text(status).decode()}"
 
-    def launch(self, name: str, device: torch.device, args: tuple[Any, ...]) -> None:
+    def launch(
+        self,
+        name: str,
+        device: torch.device,
+        args: tuple[Any, ...],
+        reaches: Iterable[Tensor] = (),
+    ) -> None:
         function = getattr(self._library, f"pk_cuda_{name}")
         index = torch.cuda.current_device() if device.index is None else device.index
         self._library.pk_cuda_set_device(index)
@@ -178,9 +199,12 @@ def use_library(replacement: Library) -> Iterator[None]:
         _replacement = before
 
 
-def launch(name: str, device: torch.device, *args: Any) -> None:
-    """Launch ``pk_cuda_<name>``; tensors are passed as addresses, the stream is added."""
-    library().launch(name, device, args)
+def launch(name: str, device: torch.device, *args: Any, reaches: Iterable[Tensor] = ()) -> None:
+    """Launch ``pk_cuda_<name>``; tensors are passed as addresses, the stream is added.
+
+    ``reaches``: tensors whose addresses the kernel finds in memory instead of in ``args``.
+    """
+    library().launch(name, device, args, reaches)
 
 
 def device_facts(device: torch.device) -> Device:

@@ -61,6 +61,7 @@ class Loop:
     """The instructions of one loop, by their opcode without modifiers."""
 
     opcodes: tuple[str, ...]
+    rare: int = 0  # of them in loops inside, which only rare operands enter (optimizer.cu)
 
     def count(self, opcode: str) -> int:
         return self.opcodes.count(opcode)
@@ -104,12 +105,17 @@ def _loops(source: str, architecture: str) -> dict[str, list[Loop]]:
                 labels[label[1]] = len(lines)
             elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
                 lines.append(re.sub(r"^@!?U?P\w+\s+", "", instruction[1].strip()))
-        loops = []
+        spans = []
         for i, line in enumerate(lines):
             jump = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
             start = labels.get(jump[1], i) if jump else i
             if start < i:
-                loops.append(Loop(tuple(re.split(r"[.\s]", s)[0] for s in lines[start : i + 1])))
+                spans.append((start, i + 1))
+        loops = []
+        for start, end in spans:
+            opcodes = tuple(re.split(r"[.\s]", s)[0] for s in lines[start:end])
+            inside = [b - a for a, b in spans if start < a and b < end]
+            loops.append(Loop(opcodes, sum(inside)))
         kernels[section.split(":")[0]] = loops
     return kernels
 
@@ -143,6 +149,12 @@ REGISTERS = {
     "sampled_rows_kernel": 128,
     "prompt_embedding_kernel": 64,
     "prompt_gradient_kernel": 64,
+    "optimizer_step_kernel": 64,  # two blocks of 512 threads on a multiprocessor
+    "optimizer_squares_kernel": 64,
+    "optimizer_root_kernel": 64,
+    "optimizer_prepare_kernel": 64,
+    "optimizer_finish_kernel": 64,
+    "optimizer_words_kernel": 64,
 }
 # More than 32 rows of x: shared memory lets one block of 256 threads run anyway.
 LARGEST_TILE = ("linear_4bit_mma_kernelI" + r"L[ib]\dEL[ib]8E", 192)
@@ -214,6 +226,50 @@ BUDGETS = (
     # tensor-core kernel serves M = 1 in 16 bits; this one serves what that cannot take.
     _rows(BF16, 1, 5.4),
 )
+
+
+@dataclass(frozen=True)
+class UpdateBudget:
+    """The loop over blocks of the optimizers' pass: the innermost with this kind of loads."""
+
+    name: str
+    rule: int
+    coded: bool
+    size: int  # bytes of a parameter
+    limit: float  # instructions an element
+
+
+# GPU-5.1: 99 instructions an element take as long as an H100's memory with 8-bit state and bf16
+# parameters. fp32 state moves 22 bytes or more where that moves 10, so half of it must do there.
+UPDATES = (
+    UpdateBudget("adamw-8bit-bf16", 0, True, 2, 92.0),
+    UpdateBudget("adamw-8bit-fp32", 0, True, 4, 92.0),
+    UpdateBudget("adamw-fp32-bf16", 0, False, 2, 55.0),
+    UpdateBudget("lion-8bit-bf16", 1, True, 2, 60.0),
+    UpdateBudget("momentum-8bit-bf16", 2, True, 2, 50.0),
+)
+
+
+def measure_update(budget: UpdateBudget, architecture: str) -> float:
+    """Instructions an element, of which a lane has eight in a turn."""
+    name = _kernel("optimizer", architecture, "optimizer_step_kernel" + _template(budget.rule))
+    # Of the loops over whole blocks: those that look codes up in shared memory, or do not. Random
+    # rounding multiplies most; the others differ by how they widen what they load.
+    found = []
+    for loop in _loops("optimizer", architecture)[name]:
+        coded, stores = loop.count("LDS") >= 24, loop.count("STG")
+        whole = loop.count("LDG") >= 6 and stores >= 4 and loop.count("ST") == 0
+        if whole and coded == budget.coded and loop.count("REDUX") <= 3:
+            found.append((len(loop.opcodes) - loop.rare) / 8)
+    assert len(found) == 4, f"{name}: {found}"
+    return sorted(found)[0 if budget.size == 4 else 1]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("budget", UPDATES, ids=lambda budget: budget.name)
+@pytest.mark.skipif(_disassembler() is None, reason="no disassembler (it comes with triton)")
+def test_instructions_per_element(budget: UpdateBudget, architecture: str) -> None:
+    assert measure_update(budget, architecture) <= budget.limit
 
 
 def measure(budget: Budget, architecture: str) -> float:

@@ -14,7 +14,8 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from peftkern import cuda_native, registry
 from peftkern.cuda_kernels.choices import Device
 from peftkern.cuda_kernels.products import LowRank, product
 from peftkern.ops.bases import Base
+from peftkern.ops.optimizer import bound
+from peftkern.ops.optimizer.cuda import Table, segments_of
 from peftkern.ops.quant4 import reference as quant4
 from peftkern.ops.quant4.contract import bundles_4bit
 from peftkern.ops.sparse_delta import cuda as sparse
@@ -109,9 +112,15 @@ class SimtLibrary:
     def schedule(self, name: str, seed: int = 0) -> None:
         self.library.simt_configure(SCHEDULES[name], seed)
 
-    def launch(self, name: str, device: torch.device, args: tuple[Any, ...]) -> None:
+    def launch(
+        self,
+        name: str,
+        device: torch.device,
+        args: tuple[Any, ...],
+        reaches: Iterable[torch.Tensor] = (),
+    ) -> None:
         self.library.simt_clear_buffers()
-        for i, value in enumerate(args):
+        for i, value in enumerate((*args, *reaches)):
             if isinstance(value, torch.Tensor):
                 last = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
                 size = (last + 1) * value.element_size() if value.numel() else 0
@@ -154,19 +163,15 @@ def _shifted(value: torch.Tensor) -> torch.Tensor:
     return buffer[1:].view(value.shape)
 
 
-def _copies(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in args)
-
-
 def _assert_like_reference(name: str, args: tuple[Any, ...], where: str) -> None:
     spec = registry.specs()[name]
     row = next(r for r in registry.implementations(name, "cuda") if r.backend == "cuda")
-    before = _copies(args)
+    theirs = map_tensors(torch.Tensor.clone, args)
     actual = tensors_of(row.fn(*args))
-    for given, kept in zip(args, before, strict=True):
-        if isinstance(given, torch.Tensor):
-            assert_same_bits(given, kept, f"{where}: an input")
-    expected = tensors_of(spec.reference(*args))
+    expected = tensors_of(spec.reference(*theirs))
+    # What the reference changes in place must have changed alike, and nothing else.
+    for given, kept in zip(tensors_of(args), tensors_of(theirs), strict=True):
+        assert_same_bits(given, kept, f"{where}: an argument")
     fakes = tensors_of(spec.fake(*args))
     for i, (got, want) in enumerate(zip(actual, expected, strict=True)):
         assert got.stride() == fakes[i].stride(), where
@@ -319,6 +324,20 @@ def test_nonfinite_weights_are_named(simt: SimtLibrary) -> None:
             row.fn(*args)
 
 
+def _bound_step() -> None:
+    """What tests/test_optim_planned.py tests."""
+    p, g, m, v = (torch.ones(300) for _ in range(4))
+    counts = bound.Counts([0], p.device)
+    step = bound.BoundStep("adamw", [bound.Row(300, 0, 0, 0)], 1, counts, rounding=False)
+    segments = segments_of([p], [g], [m], [v], [p], [p])
+    step.cover(Table(segments, p.device), [p, g, m, v], norm=True)
+    settings = bound.Settings(0.1, (0.9, 0.999), 1e-8, 0.0, maximize=False)
+    step.upload(array("q", [g.data_ptr()]), settings.pack())
+    step.launch(clip=2, limit=1.0)
+    assert counts.steps.tolist() == [1]
+    assert bool((p < 1).all())
+
+
 def test_every_kernel_was_executed(simt: SimtLibrary) -> None:
     """Runs what it counts; a kernel that nothing here launches fails this test."""
     simt.schedule("ascending")
@@ -332,6 +351,7 @@ def test_every_kernel_was_executed(simt: SimtLibrary) -> None:
     _fused("mma", x, base, n)
     x, base, n = _fused_arguments((20, 128, 1024, 64, "nf4", True), torch.bfloat16)
     _fused("wgmma", x, base, n)  # in parts
+    _bound_step()
     executed = set(simt.library.simt_kernels().decode().split())
     in_source = set(re.findall(r'launch\("(\w+)"', "".join(path.read_text() for path in KERNELS)))
     assert executed == in_source

@@ -16,7 +16,12 @@ from pathlib import Path
 
 from bench.gpu.machine import ROOT
 
-TEST_FILES = ("tests/test_ops.py", "tests/test_grad.py", "tests/test_gpu.py")
+TEST_FILES = (
+    "tests/test_ops.py",
+    "tests/test_grad.py",
+    "tests/test_gpu.py",
+    "tests/test_optim_gpu.py",
+)
 
 
 @dataclass(frozen=True)

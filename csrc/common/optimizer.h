@@ -28,6 +28,43 @@ struct Update {
     float first; // momentum: 1 in the first step, else 0
 };
 
+// What a group of parameters is set to; the op's `hyper` follows from it and the step.
+struct Settings {
+    double lr;
+    double beta1;
+    double beta2;
+    double eps;
+    double weight_decay;
+    double direction; // 1; -1 to maximize
+};
+
+// base^n by squaring: products only, so that every backend finds the same bits.
+PK_HD double power(double base, int64_t n) {
+    double result = 1.0;
+    for (; n > 0; n >>= 1, base = base * base)
+        if (n & 1)
+            result = result * base;
+    return result;
+}
+
+// The numbers of step `step`, counted from 1, worked out in fp64; `clip` is a factor on gradients.
+PK_HD Update make_update(int rule, const Settings& s, int64_t step, double clip) {
+    bool adam = rule == kAdamW;
+    Update u;
+    u.grad_scale = (float)(s.direction * clip);
+    u.decay = rule == kMomentum ? 1.0f : (float)(1.0 - s.lr * s.weight_decay);
+    u.beta1 = (float)s.beta1;
+    u.one_minus_beta1 = (float)(1.0 - s.beta1);
+    u.beta2 = (float)s.beta2;
+    u.one_minus_beta2 = (float)(1.0 - s.beta2);
+    u.step_size = (float)(adam ? s.lr / (1.0 - power(s.beta1, step)) : s.lr);
+    u.inverse_correction = adam ? (float)(1.0 / __builtin_sqrt(1.0 - power(s.beta2, step))) : 1.0f;
+    u.eps = (float)s.eps;
+    u.weight_decay = (float)s.weight_decay;
+    u.first = step == 1 ? 1.0f : 0.0f;
+    return u;
+}
+
 PK_HD void adamw_element(const Update& u, float g, float& p, float& m, float& v) {
     m = m * u.beta1 + g * u.one_minus_beta1;
     v = v * u.beta2 + (g * g) * u.one_minus_beta2;
@@ -214,6 +251,59 @@ PK_HD uint8_t entry_code(uint32_t entry, float t) {
     uint32_t bits = float_bits(t);
     uint32_t flip = 0u - (bits >> 31); // negative floats grow downwards
     return (uint8_t)((entry + ((bits ^ flip) & 0xffffu)) >> 16);
+}
+
+// Both maps and all bins in one table of words, for machines that look up faster than they
+// calculate: a code is then two bit operations, one look-up and one addition (lookup_code). The
+// place of a bin follows from bits 16 and up of the float; entries have those bits subtracted, so
+// that the whole float can be added. Bins of the unsigned map fill only the upper part of theirs;
+// the values of both maps lie below.
+constexpr int kLookupUnsigned = 8192; // first word of the unsigned bins; before them the signed
+constexpr int kLookupValues1 = kLookupUnsigned;
+constexpr int kLookupValues2 = kLookupUnsigned + 256;
+constexpr int kLookupWords = kLookupUnsigned + 4096;
+constexpr int kLookupFree = 3584; // words that hold nothing, between negative and positive bins
+constexpr int kLookupFreeWords = 1024;
+constexpr uint32_t kLookupSmallest = (uint32_t)(kBinBase - 1) << 16; // of bin 0
+static_assert(((kBinBase - 1) & 4095) >= 512, "room for the values");
+static_assert((~(kBinBase - 1) & 8191) < kLookupFree, "negative bins end before");
+static_assert(((kBinBase - 1) & 8191) >= kLookupFree + kLookupFreeWords,
+              "positive ones begin behind");
+
+struct CodeLookup {
+    alignas(16) uint32_t word[kLookupWords];
+};
+
+constexpr CodeLookup make_code_lookup() {
+    CodeLookup lookup = {};
+    constexpr CodeBins first = make_code_bins(kDynamicThresholds);
+    constexpr CodeBins second = make_code_bins(kUnsignedThresholds);
+    for (int b = 0; b < kBins; ++b) {
+        uint32_t upper = (uint32_t)(kBinBase - 1 + b);
+        lookup.word[upper & 8191] = first.entry[b] - (upper << 16);
+        lookup.word[~upper & 8191] = first.entry[kBins + b] - (~upper << 16);
+        lookup.word[kLookupUnsigned + (upper & 4095)] = second.entry[b] - (upper << 16);
+    }
+    for (int i = 0; i < 256; ++i) {
+        lookup.word[kLookupValues1 + i] = __builtin_bit_cast(uint32_t, kDynamicValues[i]);
+        lookup.word[kLookupValues2 + i] = __builtin_bit_cast(uint32_t, kUnsignedValues[i]);
+    }
+    return lookup;
+}
+
+// What the word of CodeLookup at lookup_place is added to: bits 16 to 23 of the sum are the code.
+template <bool kSigned>
+PK_HD uint32_t lookup_key(float t) {
+    float magnitude = kSigned ? bits_float(float_bits(t) & 0x7fffffffu) : t;
+    float smallest = bits_float(kLookupSmallest);
+    uint32_t bits = float_bits(__builtin_fmaxf(magnitude, smallest)); // NaN: the smallest
+    return kSigned ? bits ^ (uint32_t)((int32_t)float_bits(t) >> 31) : bits;
+}
+
+// Inside the table for any key.
+template <bool kSigned>
+PK_HD uint32_t lookup_place(uint32_t key) {
+    return kSigned ? key >> 16 & 8191u : kLookupUnsigned + (key >> 16 & 4095u);
 }
 
 // The codes again, without look-ups in memory: within a decade of the map thresholds are evenly

@@ -64,6 +64,23 @@ __device__ __forceinline__ uint32_t pack2(float low, float high) {
     return r;
 }
 
+// Within a unit or two in the last place, for arguments whose results are normal.
+__device__ __forceinline__ float rsqrt_approximate(float x) {
+    float r;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+__device__ __forceinline__ float reciprocal_approximate(float x) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+
+// Byte i of the result is byte `selector >> 4 i & 7` of b:a (a holds bytes 0 to 3).
+__device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+    return __byte_perm(a, b, selector);
+}
+
 // Shared memory by 32-bit addresses: a table look-up is then a shift, a mask and a load. (Through
 // pointers the compiler rewrites the mask into an index and pays one more instruction.)
 using SharedAddress = uint32_t;

@@ -143,6 +143,15 @@ inline bool __all_sync(uint32_t mask, bool own, PK_SITE) {
     return simt::vote("__all_sync", mask, own, {file, line}) == mask;
 }
 
+inline uint32_t __reduce_max_sync(uint32_t mask, uint32_t value, PK_SITE) {
+    for (int d = 16; d > 0; d >>= 1) { // for masks of whole warps
+        uint32_t other =
+            simt::exchange("__reduce_max_sync", mask, value, simt::lane() ^ d, {file, line});
+        value = other > value ? other : value;
+    }
+    return value;
+}
+
 // Threads run one at a time, so a checked read-modify-write is atomic.
 template <class T>
 T pk_simt_atomic(T* p, T (*change)(T, T), T operand) {
@@ -199,6 +208,18 @@ void store_once(void* p, T v) {
 }
 
 inline float half_to_float(uint16_t h) { return f16_to_float(h); }
+
+// The hardware's are off by a unit in the last place at most.
+inline float rsqrt_approximate(float x) { return (float)(1.0 / sqrt((double)x)); }
+inline float reciprocal_approximate(float x) { return 1.0f / x; }
+
+inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+    uint64_t both = (uint64_t)b << 32 | a;
+    uint32_t r = 0;
+    for (int i = 0; i < 4; ++i)
+        r |= (uint32_t)(both >> 8 * (selector >> 4 * i & 7u) & 0xffu) << 8 * i;
+    return r;
+}
 
 using SharedAddress = uintptr_t;
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from peftkern.ops.optimizer.contract import PARAM_DTYPES, hyper_row
 from peftkern.ops.optimizer.reference import BLOCK
-from peftkern.optim import interchange
+from peftkern.optim import interchange, planned
+from peftkern.optim.planned import Item, Planner, steps_of
 
 _LOG = logging.getLogger("peftkern")
 Params = Iterable[Any]
@@ -94,9 +95,27 @@ class BlockOptimizer(torch.optim.Optimizer):
         self._options = options
         self._skips = {"steps": 0, "blocks": 0}
         self._last_skip: dict[str, Any] | None = None
-        #: Global gradient norm of the last step; None unless the step had to compute it.
-        self.last_grad_norm: float | None = None
+        self._last_norm: float | Tensor | None = None
+        self._planner = self._new_planner()
         super().__init__(params, defaults)
+
+    def _new_planner(self) -> Planner:
+        options = self._options
+        return Planner(options.rule, options.stochastic_rounding, self._norm_limit() is not None)
+
+    def _norm_limit(self) -> float | None:
+        """Limit of the global norm; infinite where only a norm that is not finite matters."""
+        if self._options.max_grad_norm is not None:
+            return self._options.max_grad_norm
+        return math.inf if self._options.skip_nonfinite_step else None
+
+    @property
+    def last_grad_norm(self) -> float | None:
+        """Global gradient norm of the last step; None unless the step had to compute it.
+
+        On a CUDA device, reading it waits for the step.
+        """
+        return None if self._last_norm is None else float(self._last_norm)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as in ``torch.optim``.
@@ -105,6 +124,7 @@ class BlockOptimizer(torch.optim.Optimizer):
             TypeError: a parameter is neither fp32, bf16 nor fp16.
         """
         super().add_param_group(param_group)
+        self._planner.forget()
         for i, p in enumerate(self.param_groups[-1]["params"]):
             if p.dtype not in PARAM_DTYPES:
                 self.param_groups.pop()
@@ -114,8 +134,18 @@ class BlockOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        kept = ("_options", "_skips", "_last_skip", "last_grad_norm")
-        return state | {name: self.__dict__[name] for name in kept}
+        report = self.nonfinite_report()
+        state |= {"_options": self._options, "_last_norm": self.last_grad_norm}
+        state["_last_skip"] = report.pop("last")
+        return state | {"_skips": report}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if (planner := self.__dict__.get("_planner")) is not None:
+            passes, blocks, _ = planner.skips()
+            self._skips["steps"] += passes
+            self._skips["blocks"] += blocks
+        super().__setstate__(state)
+        self._planner = self._new_planner()
 
     # -- the step ---------------------------------------------------------------------------------
 
@@ -137,6 +167,8 @@ class BlockOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._planned_step():
+            return loss
         work = self._collect()
         if work:
             factor = self._clip_factor(work)
@@ -145,6 +177,31 @@ class BlockOptimizer(torch.optim.Optimizer):
             else:
                 self._advance(work, factor)
         return loss
+
+    def _planned_step(self) -> bool:
+        """The step of parameters on CUDA devices, where nothing stands against it."""
+        first = next((p for group in self.param_groups for p in group["params"]), None)
+        if first is None or first.device.type not in planned.DEVICES:
+            return False
+        plan = self._planner.find(self._items(), self.state)
+        if plan is None:
+            return False
+        self._last_norm = plan.run(self.param_groups, self._norm_limit())
+        if self._planner.news():
+            _LOG.warning(
+                "gradients held NaN or Inf; what they belong to was left as it is: see "
+                "nonfinite_report()"
+            )
+        return True
+
+    def _items(self) -> Iterator[Item]:
+        index = -1
+        for number, group in enumerate(self.param_groups):
+            for parameter in group["params"]:
+                index += 1
+                if parameter.grad is not None and not self.state[parameter]:
+                    self._init_state(parameter, self.state[parameter])
+                yield Item(parameter, index, number, self.state.get(parameter, {}))
 
     def _collect(self) -> list[Work]:
         work: list[Work] = []
@@ -172,27 +229,30 @@ class BlockOptimizer(torch.optim.Optimizer):
                         param if param.is_contiguous() else param.contiguous(),
                         local(grad).detach().contiguous(),
                         state,
-                        int(state["step"]) + 1,
+                        0,
                     )
                 )
+        for item, step in zip(work, steps_of([item.state for item in work]), strict=True):
+            item.step = step + 1
         return work
 
     def _clip_factor(self, work: list[Work]) -> float | None:
         """The factor that clips the global norm; None when the step is to be left out."""
-        limit = self._options.max_grad_norm
-        if limit is None and not self._options.skip_nonfinite_step:
+        limit = self._norm_limit()
+        if limit is None:
             return 1.0
         norm = interchange.global_norm([(item.parameter, item.grad) for item in work])
-        self.last_grad_norm = norm
-        if not math.isfinite(norm):
-            return None
-        return 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
+        self._last_norm = norm
+        return min(1.0, limit / (norm + 1e-6)) if math.isfinite(norm) else None
 
     def _advance(self, work: list[Work], factor: float) -> None:
         skipped = self._run(work, self._hyper(work, factor))
         for item, blocks in zip(work, skipped, strict=True):
             if blocks < item.blocks or not item.blocks:
-                item.state["step"] = item.step
+                if isinstance(item.state["step"], Tensor):
+                    item.state["step"].fill_(item.step)
+                else:
+                    item.state["step"] = item.step
             target = local(item.parameter).detach()
             if item.param.data_ptr() != target.data_ptr():
                 target.copy_(item.param)
@@ -288,7 +348,19 @@ class BlockOptimizer(torch.optim.Optimizer):
             >>> AdamW([torch.zeros(2)]).nonfinite_report()["steps"]
             0
         """
-        return {**self._skips, "last": self._last_skip}
+        passes, blocks, last = self._planner.skips()
+        report: dict[str, Any] = {
+            "steps": self._skips["steps"] + passes,
+            "blocks": self._skips["blocks"] + blocks,
+            "last": self._last_skip,
+        }
+        if last:
+            sizes = [local(p).numel() for group in self.param_groups for p in group["params"]]
+            whole = self._norm_limit() is not None and all(
+                n == -(-sizes[number] // BLOCK) for number, n in last.items()
+            )
+            report["last"] = {"parameters": last, "whole_step": whole}
+        return report
 
     # -- state ------------------------------------------------------------------------------------
 
@@ -311,9 +383,12 @@ class BlockOptimizer(torch.optim.Optimizer):
             ``state`` and ``param_groups``; loads into bitsandbytes' optimizer of the same name.
         """
         result: dict[str, Any] = super().state_dict()
+        states = result["state"]
+        counted = [key for key, value in states.items() if isinstance(value.get("step"), Tensor)]
+        steps = dict(zip(counted, steps_of([states[key] for key in counted]), strict=True))
         result["state"] = {
-            key: interchange.wrap(value) if isinstance(value, dict) else value
-            for key, value in result["state"].items()
+            key: interchange.wrap({**value, "step": steps[key]} if key in steps else value)
+            for key, value in states.items()
         }
         return result
 

@@ -16,6 +16,17 @@ RULES = ("adamw", "lion", "momentum")
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def power(base: float, n: int) -> float:
+    """``base**n`` by squaring: fp64 products only, so that every backend finds the same bits."""
+    result = 1.0
+    while n > 0:
+        if n & 1:
+            result *= base
+        base *= base
+        n >>= 1
+    return result
+
+
 def hyper_row(
     rule: str,
     *,
@@ -50,8 +61,8 @@ def hyper_row(
         1.0 - beta1,
         beta2,
         1.0 - beta2,
-        lr / (1.0 - beta1**step) if adam else lr,
-        1.0 / math.sqrt(1.0 - beta2**step) if adam else 1.0,
+        lr / (1.0 - power(beta1, step)) if adam else lr,
+        1.0 / math.sqrt(1.0 - power(beta2, step)) if adam else 1.0,
         eps,
         weight_decay,
         1.0 if step == 1 else 0.0,
