@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from peftkern.ops.bases import Base
 from peftkern.registry import implementation
 from peftkern.triton_kernels.launch import constant, interpreting, launch, refusal, table
-from peftkern.triton_kernels.matmul import Base, Dropout, LowRank, matmul
+from peftkern.triton_kernels.matmul import Dropout, LowRank, matmul
 from peftkern.triton_kernels.passes import (
     add_parts,
     down_gradient,

@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from peftkern.ops.bases import Base
 from peftkern.ops.sparse_delta.checked import check_once
 from peftkern.registry import implementation
 from peftkern.triton_kernels.launch import interpreting, launch, refusal
-from peftkern.triton_kernels.matmul import Base, matmul, unfused
+from peftkern.triton_kernels.matmul import matmul, unfused
 from peftkern.triton_kernels.passes import add_parts
 from peftkern.tuning.sparse import (
     own_term_wins,
