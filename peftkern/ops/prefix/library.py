@@ -51,7 +51,7 @@ def _flash_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = torch.ops.aten._scaled_dot_product_flash_attention_backward
-    unused = torch.zeros(2, dtype=torch.int64, device=q.device)
+    unused = q.new_empty(2, dtype=torch.int64)  # the state of dropout
     lengths = (None, None, q.shape[2], k.shape[2])
     seeds = (unused, unused)
     return op(dout, q, k, v, out, lse, *lengths, 0.0, is_causal, *seeds, scale=scale)
@@ -80,7 +80,7 @@ def _cudnn_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
     lse = lse if _CUDNN_STATISTICS[0] == 3 else lse[..., None]
-    unused = torch.zeros(1, dtype=torch.int64, device=q.device)
+    unused = q.new_empty(1, dtype=torch.int64)  # the state of dropout
     lengths = (None, None, q.shape[2], k.shape[2])
     rest = (unused, unused, None, *lengths, 0.0, is_causal)
     return op(dout, q, k, v, out, lse, *rest, scale=scale)
