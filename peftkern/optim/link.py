@@ -84,7 +84,12 @@ class CudaLink:
         buffer = torch.frombuffer(pages, dtype=torch.uint8)
         address = buffer.data_ptr()
         with torch.cuda.device(self.device):
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, size, 0))
+            status = int(torch.cuda.cudart().cudaHostRegister(address, size, 0))
+        if status:
+            raise RuntimeError(
+                f"{size} bytes of host memory could not be pinned (CUDA status {status}); give a "
+                "smaller ram_budget, or a larger device_budget"
+            )
         # The mapping goes with the last tensor on it: unpinned first, by this finalizer.
         weakref.finalize(pages, _unpin, address)
         return buffer

@@ -101,8 +101,10 @@ class PagedOptimizer(BlockOptimizer):
             if record is not None:
                 bucket_bytes = record.bucket_bytes
             else:
-                least = min(b for b in (ram_budget, device_budget, 16 * _BUCKET) if b is not None)
-                bucket_bytes = max(_SMALLEST_BUCKET, min(_BUCKET, least // 16 // 4096 * 4096))
+                parts = [_BUCKET]
+                parts += [] if ram_budget is None else [ram_budget // 16]
+                parts += [] if device_budget is None else [device_budget // 8]
+                bucket_bytes = max(_SMALLEST_BUCKET, min(parts) // 4096 * 4096)
         if bucket_bytes < 4096:
             raise ValueError(f"bucket_bytes: got {bucket_bytes}, expected at least 4096")
         self._bucket_bytes, self._keep = bucket_bytes, keep_parameters
