@@ -17,13 +17,22 @@ from typing import Any
 import pytest
 import torch
 from test_cuda_simt import COMPILER, KERNELS, SCHEDULES, SimtLibrary
+from test_pager_device import LateLink
 from torch import Tensor
 
 from peftkern import cuda_native, native, registry
 from peftkern.ops.optimizer import bound, reference
 from peftkern.ops.optimizer.contract import hyper_row, sample_tensors
 from peftkern.ops.optimizer.cuda import optimizer_step
-from peftkern.optim import AdamW, AdamW8bit, Lion8bit, SGD8bit, planned
+from peftkern.optim import (
+    AdamW,
+    AdamW8bit,
+    Lion8bit,
+    PagedAdamW,
+    PagedAdamW8bit,
+    SGD8bit,
+    planned,
+)
 from peftkern.testing import assert_same_bits, tensors_of
 
 SIZES = (
@@ -368,6 +377,46 @@ def test_every_schedule_gives_the_same_bits(simt: SimtLibrary) -> None:
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize(
+    ("make", "device", "ram"),
+    [
+        (PagedAdamW8bit, None, None),
+        (PagedAdamW8bit, 16384, None),
+        (PagedAdamW, 49152, 49152),
+    ],
+    ids=["resident", "device", "all"],
+)
+def test_paged_steps_are_the_steps(
+    kernels: Counting, monkeypatch: pytest.MonkeyPatch, make: Any, device: int | None,
+    ram: int | None, tmp_path: Path,
+) -> None:  # fmt: skip
+    def spoil(step: int, parameters: list[Tensor], optimizer: Any) -> None:
+        if step == 1:
+            parameters[1].grad[300] = float("inf")
+        if step == 2:
+            parameters[0].grad = None
+
+    torch.set_num_threads(1)
+    paging: dict[str, Any] = {"bucket_bytes": 8192 if device else 1 << 20, "device_budget": device}
+    if ram:
+        paging |= {"ram_budget": ram, "page_dir": tmp_path, "keep_parameters": True}
+    options = {"max_grad_norm": 1e9} if device else {}
+    ours = _train(make, 4, spoil, link=LateLink(3), **paging, **options)
+    runs = kernels.calls.count("optimizer_step")
+    assert runs == 4 if device is None else runs > 8  # one launch over all that stays
+    monkeypatch.undo()
+    theirs = _train(AdamW8bit if make is PagedAdamW8bit else AdamW, 4, spoil, **options)
+    _assert_equal_runs(ours, theirs)
+    assert ours[1].nonfinite_report()["blocks"] == theirs[1].nonfinite_report()["blocks"] > 0
+    ours[1].close()
+    if ram:
+        again = [torch.nn.Parameter(torch.zeros_like(p)) for p in theirs[0]]
+        groups = [{"params": again[:3]}, {"params": again[3:]}]
+        resumed = make(groups, link=LateLink(4), resume=True, **paging, **options)
+        _assert_equal_runs((again, resumed), theirs)
+        resumed.close()
 
 
 def _many_tensors() -> tuple[Any, ...]:

@@ -51,9 +51,13 @@ def _shifted(value: torch.Tensor) -> torch.Tensor:
 def _compare(
     spec: registry.OpSpec, fn: Any, sample: registry.Sample, args: tuple[Any, ...]
 ) -> None:
-    expected = tensors_of(spec.reference(*sample.args))
+    theirs = map_tensors(torch.Tensor.clone, sample.args)
+    expected = tensors_of(spec.reference(*theirs))
     actual = tensors_of(fn(*args))
     assert len(actual) == len(expected)
+    # What the reference changes in place must have changed alike, and nothing else.
+    for given, kept in zip(tensors_of(args), tensors_of(theirs), strict=True):
+        assert_same_bits(given, kept, f"{spec.name} {sample.name}: an argument")
     for i, (got, want) in enumerate(zip(actual, expected, strict=True)):
         where = f"{spec.name} {sample.name} output {i}"
         assert got.stride() == want.stride(), where

@@ -20,7 +20,9 @@ _TYPES = {
     torch.float64: "*fp64",
     torch.uint8: "*u8",
     torch.int8: "*i8",
+    torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.float64: "*fp64",
 }
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 

@@ -193,6 +193,25 @@ def _sparse_calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield "sampled_gradient", f"{what} 8 entries", (*pair, few)
 
 
+def _optimizer_calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    n = 1 << 20
+    for rule, eight, dtype in (
+        ("adamw", True, _BF16),
+        ("adamw", False, _FP32),
+        ("lion", True, _BF16),
+        ("momentum", True, _FP32),
+    ):
+        state = [_meta(n, dtype=torch.uint8 if eight else _FP32)]
+        scale = [_meta(n // 256 if eight else 0, dtype=_FP32)]
+        two = rule == "adamw"
+        tensors = ([_meta(n, dtype=dtype)], [_meta(n, dtype=dtype)], state, state * two)
+        rounding = _meta(1, 4, dtype=torch.int64) if dtype == _BF16 and two else None
+        what = f"{rule} {8 if eight else 32}-bit"
+        hyper = _meta(1, 11, dtype=_FP32)
+        yield "optimizer_step", what, (hyper, *tensors, scale, scale * two, rule, rounding)
+    yield "optimizer_grad_norm", "bf16", (_meta(0, dtype=_FP32), [_meta(n)])
+
+
 def launches() -> list[tuple[str, Launch]]:
     """(op and what is special, launch), each kernel and configuration once."""
     found: dict[tuple[Any, ...], tuple[str, Launch]] = {}
@@ -204,6 +223,7 @@ def launches() -> list[tuple[str, Launch]]:
         _multi_lora_calls,
         _dora_calls,
         _sparse_calls,
+        _optimizer_calls,
     )
     for op, what, args in (call for family in families for call in family()):
         row = next(r for r in registry.implementations(op, "cuda") if r.backend == "triton")

@@ -179,6 +179,59 @@ def adamw(state: str, tensors: int, elements: int) -> Callable[[torch.device], B
     return build
 
 
+def paged(state: str, tensors: int, elements: int, budget: int | None) -> Any:
+    """A step whose state passes through ``budget`` bytes of the device, from pinned memory.
+
+    Against the same step without paging, and against the bytes alone: copied both ways at once.
+    """
+
+    def build(device: torch.device) -> Built:
+        def parameters() -> list[Tensor]:
+            made = [torch.zeros(elements, device=device).to(BF16) for _ in range(tensors)]
+            for p in made:
+                p.requires_grad_()
+                p.grad = torch.randn_like(p)
+            return made
+
+        names = ("PagedAdamW8bit", "AdamW8bit") if state == "8bit" else ("PagedAdamW", "AdamW")
+        kinds: list[Any] = [getattr(pk.optim, name) for name in names]
+        limit: dict[str, Any] = {"device_budget": budget} if device.type == "cuda" else {}
+        ours = kinds[0](parameters(), lr=1e-4, **limit)
+        rows = [
+            Contender("peftkern", [ours.step]),
+            Contender("unpaged", [kinds[1](parameters(), lr=1e-4).step]),
+        ]
+        if budget is not None and device.type == "cuda":
+            ours.step()
+            ours.step()
+            last = ours.paging_report()["history"][-1]
+            sizes = (last["bytes_fetched"], last["bytes_stored"])
+            rows.append(Contender("pinned-copies", [_both_ways(sizes, device)]))
+        return Built(rows, tensors * elements * (10 if state == "8bit" else 22))
+
+    return build
+
+
+def _both_ways(sizes: tuple[int, int], device: torch.device) -> Callable[[], object]:
+    """Copy so many bytes to the device and from it, at the same time."""
+    streams = [torch.cuda.Stream(device) for _ in sizes]
+    hosts = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes]
+    there = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
+
+    def call() -> None:
+        current = torch.cuda.current_stream(device)
+        for stream in streams:
+            stream.wait_stream(current)
+        with torch.cuda.stream(streams[0]):
+            there[0].copy_(hosts[0], non_blocking=True)
+        with torch.cuda.stream(streams[1]):
+            hosts[1].copy_(there[1], non_blocking=True)
+        for stream in streams:
+            current.wait_stream(stream)
+
+    return call
+
+
 def _missing(name: str) -> Built | None:
     return None if hasattr(F, name) else Built([], absent={"peftkern": f"no functional.{name}"})
 
@@ -319,6 +372,9 @@ def cases(dry: bool) -> Iterator[Case]:
     yield Case("linear nf4 m8 14336x4096", linear("nf4", 8, big, tall))
     yield Case("adamw 8bit 40M", adamw("8bit", 448 if not dry else 2, 89_286 if not dry else 4096))
     yield Case("adamw fp32 40M", adamw("fp32", 448 if not dry else 2, 89_286 if not dry else 4096))
+    pages = (2, 4096) if dry else (448, 89_286)
+    yield Case("adamw fp32 40M paged", paged("fp32", *pages, 128 << 20))
+    yield Case("adamw 8bit 40M paged, resident", paged("8bit", *pages, None))
     yield Case("bottleneck r64", bottleneck(rows, big, 16 if dry else 64))
     shape = (1, 2, 1, 16, 4, 16) if dry else (4, 32, 8, 2048, 64, 128)
     yield Case("prefix p64 l2048", prefix(*shape))

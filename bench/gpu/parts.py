@@ -21,6 +21,7 @@ TEST_FILES = (
     "tests/test_grad.py",
     "tests/test_gpu.py",
     "tests/test_optim_gpu.py",
+    "tests/test_pager_gpu.py",
 )
 
 

@@ -439,7 +439,8 @@ __global__ void __launch_bounds__(kThreads, 2) optimizer_step_kernel(StepArgs a)
     int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
     Run& run = ((Run*)(table + kRuns / 4))[warp];
     int64_t warps = (int64_t)gridDim.x * kWarps;
-    for (int64_t chunk = (int64_t)blockIdx.x * kWarps + warp; chunk < a.chunks; chunk += warps) {
+    // Few chunks go to as many multiprocessors as there are.
+    for (int64_t chunk = blockIdx.x + (int64_t)gridDim.x * warp; chunk < a.chunks; chunk += warps) {
         const Segment& s = a.segments[a.owners[chunk]];
         int64_t from = (chunk - s.chunk) * kChunk, first = s.start + from;
         bool coded = s.absmax1 != nullptr;
@@ -484,7 +485,7 @@ int pk_cuda_optimizer_step(const void* call, void* stream) {
     auto kernel = c.rule == pk::kAdamW  ? pk::optimizer_step_kernel<pk::kAdamW>
                   : c.rule == pk::kLion ? pk::optimizer_step_kernel<pk::kLion>
                                         : pk::optimizer_step_kernel<pk::kMomentum>;
-    unsigned grid = (unsigned)pk::min64(pk::ceil_div(c.chunks, pk::kWarps), c.blocks);
+    unsigned grid = (unsigned)pk::min64(c.chunks, c.blocks);
     return pk::launch("optimizer_step", kernel, grid, pk::kThreads, 0, stream, a);
 }
 }

@@ -30,11 +30,16 @@ class Sealed:
     content: dict[str, Any]
 
 
-def fresh_state(parameter: Tensor, eight_bit: bool, two: bool) -> dict[str, Any]:
-    """Zero state of one parameter, with bitsandbytes' keys (without ``step``)."""
+def fresh_state(
+    parameter: Tensor, eight_bit: bool, two: bool, device: torch.device | None = None
+) -> dict[str, Any]:
+    """Zero state of one parameter, with bitsandbytes' keys (without ``step``).
+
+    It is on ``device``; by default where the parameter is.
+    """
     mesh = getattr(parameter, "device_mesh", None)
     shape = getattr(parameter, "_local_tensor", parameter).shape
-    device = parameter.device
+    device = device or parameter.device
     state: dict[str, Any] = {}
     for i in (1, 2) if two else (1,):
         if not eight_bit:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,72 +15,31 @@ from peftkern.ops.optimizer.reference import BLOCK
 from peftkern.optim import interchange
 from peftkern.optim.base import BlockOptimizer, Params, Work
 from peftkern.optim.files import Disk, PagingError, Record, default_disk, newest_record
+from peftkern.optim.layout import Plane, Segment, Share, copy_segment
+from peftkern.optim.link import CudaLink, Link
+from peftkern.optim.paged_plan import Held, PagedPlanner, Piece
 from peftkern.optim.pager import Pager
+from peftkern.optim.planned import Planner, steps_of
+from peftkern.optim.tier import DeviceTier
 
 _ALIGN = 64
 _BUCKET = 32 << 20
 _SMALLEST_BUCKET = 64 << 10
 
 
-@dataclass(frozen=True)
-class _Plane:
-    """One tensor of a segment, by its place in the bucket."""
-
-    name: str
-    offset: int
-    dtype: torch.dtype
-    count: int
-
-    @property
-    def end(self) -> int:
-        """First byte behind it."""
-        return self.offset + self.count * self.dtype.itemsize
-
-    def of(self, bucket: Tensor) -> Tensor:
-        """The tensor, a view of the bucket's bytes."""
-        return bucket[self.offset : self.end].view(self.dtype)
-
-
-@dataclass(frozen=True)
-class _Segment:
-    """A run of elements of one parameter, in one bucket; starts at a multiple of 256."""
-
-    parameter: int
-    start: int
-    length: int
-    bucket: int
-    planes: tuple[_Plane, ...]
-
-    def part(self, whole: Tensor) -> Tensor:
-        """What this run covers of a contiguous parameter or gradient."""
-        return whole.view(-1)[self.start : self.start + self.length]
-
-    def tensor(self, name: str, bucket: Tensor) -> Tensor | None:
-        """One of ``state1``, ``state2``, ``absmax1``, ``absmax2``, ``param``; None if absent."""
-        for plane in self.planes:
-            if plane.name == name:
-                return plane.of(bucket)
-        return None
-
-
-@dataclass(frozen=True)
-class _Share:
-    """What a step does in one bucket."""
-
-    bucket: int
-    segments: list[_Segment]
-    rows: list[int]  # of each segment's parameter in the list of work
-    index: Tensor  # the same, int64
-    partial: list[tuple[int, _Segment]]  # those that are not a whole parameter, with their place
-
-
 class PagedOptimizer(BlockOptimizer):
     """Mixed into an optimizer, pages its state.
+
+    Parameters are on the CPU, or all on one CUDA device. There, state has three places: the
+    device's memory up to ``device_budget``, pinned RAM up to ``ram_budget``, and a file.
 
     Args:
         ram_budget: bytes of RAM for optimizer state; None for no limit. What exceeds it lives in
             a file, is read ahead of its update and written behind it. Change it with
             :meth:`set_ram_budget`.
+        device_budget: bytes of a CUDA device's memory for optimizer state; None for no limit, then
+            all of it stays there and costs what it costs without paging. Change it with
+            :meth:`set_device_budget`.
         page_dir: directory for state that survives the process: two slots a bucket and a journal,
             so that a kill at any moment leaves the last or the next commit. None pages to an
             unnamed temporary file, and only if the budget demands it.
@@ -91,6 +50,7 @@ class PagedOptimizer(BlockOptimizer):
             most the steps since the last but one; :meth:`sync` waits for the last.
         bucket_bytes: size of a bucket; by default 32 MiB, less for small budgets.
         disk: file operations, for tests.
+        link: copies between device and host, for tests.
         kwargs: those of the optimizer it is mixed into.
 
     Raises:
@@ -98,7 +58,7 @@ class PagedOptimizer(BlockOptimizer):
             ``resume`` is not set, or the commit belongs to other parameters.
         PagingError: files cannot be made or read, or are in use.
 
-    Parameters must be on the CPU. All groups must be given at construction for ``resume``.
+    All groups must be given at construction for ``resume``.
 
     Example:
         >>> import torch
@@ -116,12 +76,14 @@ class PagedOptimizer(BlockOptimizer):
         params: Params,
         *args: Any,
         ram_budget: int | None = None,
+        device_budget: int | None = None,
         page_dir: str | Path | None = None,
         resume: bool = False,
         keep_parameters: bool = False,
         commit_every: int = 1,
         bucket_bytes: int | None = None,
         disk: Disk | None = None,
+        link: Link | None = None,
         **kwargs: Any,
     ) -> None:
         if page_dir is None and (resume or keep_parameters):
@@ -130,31 +92,38 @@ class PagedOptimizer(BlockOptimizer):
             raise ValueError(f"commit_every: got {commit_every}, expected at least 1")
         if ram_budget is not None and ram_budget < 1:
             raise ValueError(f"ram_budget: got {ram_budget}, expected bytes or None")
+        if device_budget is not None and device_budget < 1:
+            raise ValueError(f"device_budget: got {device_budget}, expected bytes or None")
         directory = None if page_dir is None else Path(page_dir)
         if bucket_bytes is None:
             bucket_bytes = _BUCKET
             record = newest_record(directory)[1] if directory is not None else None
             if record is not None:
                 bucket_bytes = record.bucket_bytes
-            elif ram_budget is not None:
-                bucket_bytes = max(_SMALLEST_BUCKET, min(_BUCKET, ram_budget // 16 // 4096 * 4096))
+            else:
+                parts = [_BUCKET]
+                parts += [] if ram_budget is None else [ram_budget // 16]
+                parts += [] if device_budget is None else [device_budget // 8]
+                bucket_bytes = max(_SMALLEST_BUCKET, min(parts) // 4096 * 4096)
         if bucket_bytes < 4096:
             raise ValueError(f"bucket_bytes: got {bucket_bytes}, expected at least 4096")
         self._bucket_bytes, self._keep = bucket_bytes, keep_parameters
         self._commit_every, self._runs = commit_every, 0
-        self._segments: dict[int, list[_Segment]] = {}  # by index of the parameter
-        self._by_bucket: list[list[_Segment]] = []
+        self._segments: dict[int, list[Segment]] = {}  # by index of the parameter
+        self._by_bucket: list[list[Segment]] = []
         self._layout_hash = ""
-        self._plan: tuple[list[int], list[_Share]] = ([], [])  # by indices of the work
+        self._plan: tuple[list[int], list[Share]] = ([], [])  # by indices of the work
         self._views: dict[int, tuple[int, dict[str, list[Tensor]]]] = {}  # of buckets that stay
         self._pager: Pager | None = None
+        self._tier: DeviceTier | None = None
+        self._link, self._device_budget = link, device_budget
         super().__init__(params, *args, **kwargs)
         self._pager = Pager(bucket_bytes, ram_budget, directory, disk or default_disk())
         if directory is not None:
             try:
                 self._open_directory(directory, resume)
             except BaseException:
-                self._pager.close()
+                self.store.close()
                 raise
 
     def __getstate__(self) -> dict[str, Any]:
@@ -169,10 +138,21 @@ class PagedOptimizer(BlockOptimizer):
             raise RuntimeError("the optimizer is not built yet")
         return self._pager
 
+    @property
+    def store(self) -> Pager | DeviceTier:
+        """Where buckets are asked for: the device tier where parameters are on a device."""
+        return self.pager if self._tier is None else self._tier
+
+    def _open_tier(self, device: torch.device) -> None:
+        """Put the device's memory before the pager's, where there is a device."""
+        if self._tier is None and (self._link is not None or device.type == "cuda"):
+            link = self._link or CudaLink(device)
+            self._tier = DeviceTier(self.pager, link, self._bucket_bytes, self._device_budget)
+
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _planes(self, parameter: Tensor, length: int, offset: int) -> tuple[_Plane, ...]:
+    def _planes(self, parameter: Tensor, length: int, offset: int) -> tuple[Plane, ...]:
         eight = self._eight_bit(parameter)
         planes = []
         for i in (1, 2) if self._options.rule == "adamw" else (1,):
@@ -183,7 +163,7 @@ class PagedOptimizer(BlockOptimizer):
             planes.append(("param", parameter.dtype, length))
         result = []
         for name, dtype, count in planes:
-            plane = _Plane(name, offset, dtype, count)
+            plane = Plane(name, offset, dtype, count)
             offset = -(-plane.end // _ALIGN) * _ALIGN
             result.append(plane)
         return tuple(result)
@@ -197,11 +177,7 @@ class PagedOptimizer(BlockOptimizer):
         used = self._bucket_bytes  # never continues a bucket that the pager already has
         for index in indices:
             parameter = parameters[index]
-            if parameter.device.type != "cpu":
-                raise ValueError(
-                    f"parameter {index}: is on {parameter.device}; paged optimizers need "
-                    "parameters on the CPU"
-                )
+            self._check_device(index, parameter)
             if hasattr(parameter, "device_mesh"):
                 raise ValueError(
                     f"parameter {index}: is a DTensor; page the state of plain parameters only"
@@ -219,13 +195,26 @@ class PagedOptimizer(BlockOptimizer):
                     continue
                 bucket = len(self._by_bucket) - 1
                 planes = self._planes(parameter, length, used)
-                segment = _Segment(index, start, length, bucket, planes)
+                segment = Segment(index, start, length, bucket, planes)
                 segments.append(segment)
                 self._by_bucket[-1].append(segment)
                 used = sizes[-1] = -(-planes[-1].end // _ALIGN) * _ALIGN
                 start += length
         if sizes:
-            self.pager.extend(sizes)
+            self.store.extend(sizes)
+
+    def _check_device(self, index: int, parameter: Tensor) -> None:
+        device = parameter.device
+        expected = self._parameters()[0].device
+        if device.type not in ("cpu", "cuda") or device != expected:
+            raise ValueError(
+                f"parameter {index}: is on {device}, the first one on {expected}; paged "
+                "optimizers need all parameters on the CPU, or on one CUDA device"
+            )
+        if device.type == "cuda" or self._link is not None:
+            self._open_tier(device)
+        elif self._tier is not None:
+            raise ValueError(f"parameter {index}: was on a device when the first step was taken")
 
     def _ensure_layout(self, indices: list[int]) -> None:
         missing = [index for index in indices if index not in self._segments]
@@ -250,7 +239,7 @@ class PagedOptimizer(BlockOptimizer):
     # -- commits ----------------------------------------------------------------------------------
 
     def _open_directory(self, directory: Path, resume: bool) -> None:
-        record = self.pager.recover()
+        record = self.store.recover()
         if record is not None and not resume:
             raise ValueError(
                 f"page_dir: {directory} holds the state of another run; pass resume=True to go "
@@ -262,14 +251,14 @@ class PagedOptimizer(BlockOptimizer):
             if self._keep:
                 self._store_parameters()
             self._end(commit=True)
-            self.pager.settle()
+            self.store.settle()
             return
         if record.layout != self._fingerprint():
             raise ValueError(
                 f"page_dir: {directory} belongs to other parameters, another optimizer or another "
                 "bucket size; build the same ones, or use another directory"
             )
-        self.pager.adopt(record)
+        self.store.adopt(record)
         for index, step in enumerate(record.steps):
             if step >= 0:
                 self.state[parameters[index]]["step"] = step
@@ -279,42 +268,42 @@ class PagedOptimizer(BlockOptimizer):
             self._load_parameters()
 
     def _end(self, *, commit: bool) -> None:
-        if not (commit and self.pager.persistent):
-            self.pager.end(None)
+        if not (commit and self.store.persistent):
+            self.store.end(None)
             return
-        steps = [int(self.state.get(p, {}).get("step", -1)) for p in self._parameters()]
+        steps = steps_of([self.state.get(p) or {"step": -1} for p in self._parameters()])
         seeds = [g["rounding_seed"] for g in self.param_groups if "rounding_seed" in g]
-        self.pager.end(Record(self._fingerprint(), [], [], steps, self._bucket_bytes, seeds))
+        self.store.end(Record(self._fingerprint(), [], [], steps, self._bucket_bytes, seeds))
 
     def _each_bucket(self) -> list[int]:
         order = list(range(len(self._by_bucket)))
-        self.pager.begin(order)
+        self.store.begin(order)
         return order
 
     @torch.no_grad()
     def _store_parameters(self) -> None:
         flats = [p.detach().contiguous().view(-1) for p in self._parameters()]
         for number in self._each_bucket():
-            bucket = self.pager.acquire(number)
+            bucket = self.store.acquire(number)
             for segment in self._by_bucket[number]:
                 stored = segment.tensor("param", bucket)
                 assert stored is not None
                 end = segment.start + segment.length
                 stored.copy_(flats[segment.parameter][segment.start : end])
-            self.pager.release(number, dirty=True)
+            self.store.release(number, dirty=True)
 
     @torch.no_grad()
     def _load_parameters(self) -> None:
         parameters = self._parameters()
         flats = [p.detach().contiguous().view(-1) for p in parameters]
         for number in self._each_bucket():
-            bucket = self.pager.acquire(number)
+            bucket = self.store.acquire(number)
             for segment in self._by_bucket[number]:
                 stored = segment.tensor("param", bucket)
                 assert stored is not None
                 end = segment.start + segment.length
                 flats[segment.parameter][segment.start : end] = stored
-            self.pager.release(number, dirty=False)
+            self.store.release(number, dirty=False)
         for parameter, flat in zip(parameters, flats, strict=True):
             if parameter.detach().data_ptr() != flat.data_ptr():
                 parameter.copy_(flat.view(parameter.shape))
@@ -324,8 +313,73 @@ class PagedOptimizer(BlockOptimizer):
     def _init_state(self, parameter: Tensor, state: dict[str, Any]) -> None:
         state["step"] = 0
 
+    def _new_planner(self) -> Planner:
+        options = self._options
+        norm = self._norm_limit() is not None
+        return PagedPlanner(self, options.rule, options.stochastic_rounding, norm)
+
+    def _planned_step(self) -> bool:
+        tier = self._tier
+        if tier is not None and not tier.resident() and tier.link.capturing():
+            raise RuntimeError(
+                "a CUDA graph cannot capture a step whose state passes through the device; lift "
+                "device_budget, or step outside the graph"
+            )
+        if not super()._planned_step():
+            return False
+        self._end_run()
+        return True
+
+    def ensure_layout(self, numbers: list[int]) -> None:
+        """Give parameters their places, and check those that have some."""
+        parameters = self._parameters()
+        for number in numbers:
+            self._check_device(number, parameters[number])
+        self._ensure_layout(numbers)
+
+    def pieces(self) -> list[list[Piece]]:
+        """What lies in each bucket."""
+        return [list(segments) for segments in self._by_bucket]
+
+    def pass_through(
+        self,
+        buckets: list[int],
+        resident: Callable[[Held], None],
+        update: Callable[[int, Tensor], None],
+    ) -> None:
+        """Call ``resident`` with those that stay on the device, ``update`` with each other."""
+        store = self.store
+        kept = [number for number in buckets if store.keeps(number)]
+        others = [number for number in buckets if not store.keeps(number)]
+        if self._runs % 2:
+            others.reverse()  # starts with the buckets that the last step ended with
+        store.begin(kept + others, commit=self._commits_now())
+        held = [(number, store.acquire(number)) for number in kept]
+        if held:
+            resident(held)
+        for number, bucket in held:
+            self._note_parameters(number, bucket)
+            store.release(number, dirty=True)
+        for number in others:
+            bucket = store.acquire(number)
+            update(number, bucket)
+            self._note_parameters(number, bucket)
+            store.release(number, dirty=True)
+
+    def _note_parameters(self, number: int, bucket: Tensor) -> None:
+        """Put the updated parameters beside their state, where commits hold them."""
+        if not self._keep:
+            return
+        parameters = self._parameters()
+        for segment in self._by_bucket[number]:
+            if (stored := segment.tensor("param", bucket)) is not None:
+                stored.copy_(segment.part(parameters[segment.parameter].detach()))
+
     def _advance(self, work: list[Work], factor: float) -> None:
         super()._advance(work, factor)
+        self._end_run()
+
+    def _end_run(self) -> None:
         commit = self._commits_now()
         self._runs += 1
         self._end(commit=commit)
@@ -337,7 +391,7 @@ class PagedOptimizer(BlockOptimizer):
         self._plan = ([], [])
         self._views.clear()
 
-    def _shares(self, work: list[Work]) -> list[_Share]:
+    def _shares(self, work: list[Work]) -> list[Share]:
         """The buckets that hold state of these parameters; most steps repeat the last one's."""
         indices = [item.index for item in work]
         if self._plan[0] != indices:
@@ -354,7 +408,7 @@ class PagedOptimizer(BlockOptimizer):
                         for i, segment in enumerate(mine)
                         if segment.length != work[rows[i]].param.numel()
                     ]
-                    shares.append(_Share(number, mine, rows, torch.tensor(rows), partial))
+                    shares.append(Share(number, mine, rows, torch.tensor(rows), partial))
             self._plan = (indices, shares)
         return self._plan[1]
 
@@ -362,20 +416,25 @@ class PagedOptimizer(BlockOptimizer):
         shares = self._shares(work)
         if self._runs % 2:
             shares = shares[::-1]  # starts with the buckets that the last step ended with
-        skipped = [0] * len(work)
-        self.pager.begin([share.bucket for share in shares], commit=self._commits_now())
+        results = []
+        self.store.begin([share.bucket for share in shares], commit=self._commits_now())
         for share in shares:
-            bucket = self.pager.acquire(share.bucket)
-            self._update(share, bucket, work, hyper, skipped)
-            self.pager.release(share.bucket, dirty=True)
+            bucket = self.store.acquire(share.bucket)
+            results.append(self._update(share, bucket, work, hyper))
+            self.store.release(share.bucket, dirty=True)
+        skipped = [0] * len(work)
+        if results:  # one question to the device, once everything is under way
+            found = torch.cat(results).tolist()
+            for row, blocks in zip((r for s in shares for r in s.rows), found, strict=True):
+                skipped[row] += blocks
         return skipped
 
-    def _planes_of(self, share: _Share, bucket: Tensor) -> dict[str, list[Tensor]]:
+    def _planes_of(self, share: Share, bucket: Tensor) -> dict[str, list[Tensor]]:
         """Views of a bucket by name, one a segment; kept for buckets that stay where they are."""
         address, known = self._views.get(share.bucket, (0, {}))
         if address == bucket.data_ptr():
             return known
-        empty = torch.empty(0)
+        empty = torch.empty(0, device=bucket.device)
         views: dict[str, list[Tensor]] = {
             name: [empty] * len(share.segments)
             for name in ("state1", "state2", "absmax1", "absmax2", "param")
@@ -388,13 +447,11 @@ class PagedOptimizer(BlockOptimizer):
                     whole = typed[plane.dtype] = bucket.view(plane.dtype)
                 size = plane.dtype.itemsize
                 views[plane.name][i] = whole[plane.offset // size : plane.end // size]
-        if self.pager.keeps(share.bucket):
+        if self.store.keeps(share.bucket):
             self._views[share.bucket] = (bucket.data_ptr(), views)
         return views
 
-    def _update(
-        self, share: _Share, bucket: Tensor, work: list[Work], hyper: Tensor, skipped: list[int]
-    ) -> None:
+    def _update(self, share: Share, bucket: Tensor, work: list[Work], hyper: Tensor) -> Tensor:
         two = self._options.rule == "adamw"
         views = self._planes_of(share, bucket)
         items = [work[row] for row in share.rows]
@@ -405,8 +462,9 @@ class PagedOptimizer(BlockOptimizer):
         rounding = None
         if self._options.stochastic_rounding:
             rounding = self._rounding(items, [segment.start for segment in share.segments])
-        result = torch.ops.peftkern.optimizer_step(
-            hyper[share.index],
+        device = bucket.device
+        result: Tensor = torch.ops.peftkern.optimizer_step(
+            hyper[share.index].to(device),
             params,
             grads,
             views["state1"],
@@ -414,18 +472,17 @@ class PagedOptimizer(BlockOptimizer):
             views["absmax1"],
             views["absmax2"] if two else [],
             self._options.rule,
-            rounding,
+            None if rounding is None else rounding.to(device),
         )
-        for row, blocks in zip(share.rows, result.tolist(), strict=True):
-            skipped[row] += blocks
         if self._keep:
             for param, stored in zip(params, views["param"], strict=True):
                 stored.copy_(param.view(-1))
+        return result
 
     # -- state ------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole state in bitsandbytes' layout; needs memory for all of it.
+        """The whole state in bitsandbytes' layout, on the CPU; needs memory for all of it.
 
         Raises:
             PagingError: state cannot be written behind or read back.
@@ -437,22 +494,25 @@ class PagedOptimizer(BlockOptimizer):
             if parameters[index] in self.state:
                 parameter = parameters[index]
                 whole[index] = interchange.fresh_state(
-                    parameter, self._eight_bit(parameter), self._options.rule == "adamw"
+                    parameter,
+                    self._eight_bit(parameter),
+                    self._options.rule == "adamw",
+                    torch.device("cpu"),
                 )
         for number in self._each_bucket():
-            bucket = self.pager.acquire(number)
+            bucket = self.store.acquire(number)
             for segment in self._by_bucket[number]:
                 if segment.parameter in whole:
-                    _copy_segment(segment, bucket, whole[segment.parameter], into_bucket=False)
-            self.pager.release(number, dirty=False)
+                    copy_segment(segment, bucket, whole[segment.parameter], into_bucket=False)
+            self.store.release(number, dirty=False)
         for index, tensors in whole.items():
-            step = self.state[parameters[index]]["step"]
+            step = result["state"][index]["step"]
             result["state"][index] = interchange.wrap({"step": step, **tensors})
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as :meth:`BlockOptimizer.load_state_dict` does; residency follows the budget."""
-        self.pager.begin([])
+        self.store.begin([])
         super().load_state_dict(state_dict)
         self._end(commit=True)
 
@@ -465,12 +525,12 @@ class PagedOptimizer(BlockOptimizer):
         self._ensure_layout([index])
         flat = parameter.detach().contiguous().view(-1)
         for segment in self._segments[index]:
-            bucket = self.pager.acquire(segment.bucket)
-            _copy_segment(segment, bucket, whole, into_bucket=True)
+            bucket = self.store.acquire(segment.bucket)
+            copy_segment(segment, bucket, whole, into_bucket=True)
             stored = segment.tensor("param", bucket)
             if stored is not None:
                 stored.copy_(flat[segment.start : segment.start + segment.length])
-            self.pager.release(segment.bucket, dirty=True)
+            self.store.release(segment.bucket, dirty=True)
 
     # -- for the user -----------------------------------------------------------------------------
 
@@ -482,7 +542,22 @@ class PagedOptimizer(BlockOptimizer):
             PagingError: what has to leave RAM cannot be written.
         """
         self._views.clear()
-        self.pager.set_budget(ram_budget)
+        if self._tier is not None:
+            self._tier.set_ram_budget(ram_budget)
+        else:
+            self.pager.set_budget(ram_budget)
+
+    def set_device_budget(self, device_budget: int | None) -> None:
+        """Change the budget of device memory now; None lifts it. Does nothing without a device.
+
+        Raises:
+            ValueError: it does not hold two buckets.
+            PagingError: what has to leave the device cannot be written.
+        """
+        self._views.clear()
+        self._device_budget = device_budget
+        if self._tier is not None:
+            self._tier.set_device_budget(device_budget)
 
     def sync(self) -> None:
         """Wait for background writing; with a ``page_dir`` the last step is durable then.
@@ -490,10 +565,10 @@ class PagedOptimizer(BlockOptimizer):
         Raises:
             PagingError: something could not be written; it is still whole in memory.
         """
-        if self.pager.persistent and self._runs % self._commit_every:
-            self.pager.settle()
+        if self.store.persistent and self._runs % self._commit_every:
+            self.store.settle()
             self._end(commit=True)
-        self.pager.settle()
+        self.store.settle()
 
     def paging_report(self) -> dict[str, Any]:
         """What paging did so far.
@@ -507,7 +582,7 @@ class PagedOptimizer(BlockOptimizer):
             to the last, ``stall_seconds``, ``resident_bytes``, ``bytes_read``, ``bytes_written``,
             ``hits`` and ``misses``. :func:`~peftkern.optim.paging_svg` draws it.
         """
-        return self.pager.report()
+        return self.store.report()
 
     def close(self) -> None:
         """Finish writing and release the files and the thread; the optimizer ends here.
@@ -516,29 +591,13 @@ class PagedOptimizer(BlockOptimizer):
             PagingError: something could not be written.
         """
         self._views.clear()
-        self.pager.close()
+        self.store.close()
 
     def __enter__(self) -> PagedOptimizer:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _copy_segment(
-    segment: _Segment, bucket: Tensor, whole: dict[str, Any], *, into_bucket: bool
-) -> None:
-    first = segment.start // BLOCK
-    for plane in segment.planes:
-        if plane.name == "param":
-            continue
-        start = first if plane.name.startswith("absmax") else segment.start
-        outside = whole[plane.name].view(-1)[start : start + plane.count]
-        inside = plane.of(bucket)
-        if into_bucket:
-            inside.copy_(outside)
-        else:
-            outside.copy_(inside)
 
 
 __all__ = ["PagedOptimizer", "PagingError"]

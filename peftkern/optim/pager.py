@@ -50,6 +50,10 @@ def _view(buffer: Tensor, size: int) -> memoryview:
     return memoryview(buffer.numpy()[:size])  # type: ignore[arg-type]
 
 
+def _plain_buffer(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8)
+
+
 def _shut(pid: int, threads: dict[str, ThreadPoolExecutor], files: StateFiles) -> None:
     """Let the background finish, then close; a forked child leaves its parent's files alone."""
     if os.getpid() == pid:
@@ -71,11 +75,17 @@ class Pager:
     Raises:
         ValueError: the budget does not hold two buckets.
         PagingError: the directory is in use.
+
+    Where a device keeps the first buckets for itself (:class:`~peftkern.optim.tier.DeviceTier`),
+    nothing of them is here: :meth:`leave_out`, :meth:`surrender`.
     """
 
     def __init__(
         self, stride: int, ram_budget: int | None, directory: Path | None, disk: Disk
     ) -> None:
+        #: Makes a buffer of so many bytes; the device tier wants pinned ones.
+        self.make_buffer: Callable[[int], Tensor] = _plain_buffer
+        self._first = 0  # buckets before it are kept by a device
         self._stride = -(-stride // PAGE) * PAGE
         self._buckets: list[_Bucket] = []
         self._disk = disk
@@ -118,8 +128,32 @@ class Pager:
         """
         self._check()
         self._buckets.extend(_Bucket(size) for size in sizes)
-        if self._files is not None or self._capacity() < len(self._buckets):
+        if self._files is not None or self._capacity() < len(self._buckets) - self._first:
             self._reserve()
+
+    def leave_out(self, count: int) -> None:
+        """Count on the first buckets being kept elsewhere; room is made for the others alone."""
+        self._first = count
+        if self._files is None and self._capacity() < len(self._buckets) - self._first:
+            self._reserve()
+
+    def surrender(self, index: int) -> bool:
+        """Give up the bytes of a bucket that somebody else has now; not while it is in use.
+
+        Returns:
+            Whether the file still holds them.
+        """
+        bucket = self._buckets[index]
+        for future in (bucket.reading, bucket.writing):
+            if future is not None:
+                self._wait(future)
+        bucket.reading = None
+        if bucket.writing is not None:
+            self._finish_write(bucket)
+        written = bucket.slot >= 0 and not bucket.dirty
+        bucket.dirty = False
+        self._drop(bucket)
+        return written
 
     def recover(self) -> Record | None:
         """The last commit of the directory; None for none. Its buckets are :meth:`adopt`-ed."""
@@ -156,8 +190,12 @@ class Pager:
         self._order = deque(order)
         self._read_ahead()
 
-    def acquire(self, index: int) -> Tensor:
+    def acquire(self, index: int, *, overwrite: bool = False) -> Tensor:
         """The bytes of a bucket, uint8, to be read and changed until :meth:`release`.
+
+        Args:
+            index: its number.
+            overwrite: all of it will be written, so what it holds need not be read.
 
         Raises:
             PagingError: they cannot be read back.
@@ -170,8 +208,11 @@ class Pager:
             self._wait(bucket.writing)
             self._finish_write(bucket)
         known = bucket.buffer is not None and bucket.reading is None
-        self._counts["hits" if known or bucket.slot < 0 else "misses"] += 1
-        if bucket.buffer is None:
+        if not overwrite:
+            self._counts["hits" if known or bucket.slot < 0 else "misses"] += 1
+        if bucket.buffer is None and overwrite:
+            bucket.buffer = self._take_buffer(block=True)
+        elif bucket.buffer is None:
             self._fetch(index, self._take_buffer(block=True))
         if bucket.reading is not None:
             self._wait(bucket.reading)
@@ -227,6 +268,14 @@ class Pager:
         self._durable = False
         self._note_step()
 
+    def annotate(self, facts: dict[str, Any]) -> None:
+        """Add to what the report's history says of the last step."""
+        self._steps[-1].update(facts)
+
+    def stalled(self, seconds: float) -> None:
+        """Book time that a step waited for a device."""
+        self._stall += seconds
+
     def _note_step(self) -> None:
         self._step += 1
         now = {**self._counts, "stall_seconds": self._stall}
@@ -261,7 +310,7 @@ class Pager:
         """
         self.settle()
         self._check_budget(ram_budget)
-        if self._capacity() < len(self._buckets) and self._files is None:
+        if self._capacity() < len(self._buckets) - self._first and self._files is None:
             self._reserve()
         for index, bucket in enumerate(self._buckets):
             if not self.keeps(index) and bucket.dirty:
@@ -349,9 +398,15 @@ class Pager:
     def keeps(self, index: int) -> bool:
         """Whether a bucket stays in RAM, at its place, under the present budget."""
         capacity = self._capacity()
-        return capacity >= len(self._buckets) or index < capacity - min(
-            _STREAM, max(3, capacity // 2)
-        )
+        if index < self._first:
+            return False
+        if capacity >= len(self._buckets) - self._first:
+            return True
+        return index - self._first < capacity - self.passing_buffers()
+
+    def passing_buffers(self) -> int:
+        """Buffers that buckets which do not stay pass through."""
+        return min(_STREAM, max(3, self._capacity() // 2))
 
     def _take_buffer(self, *, block: bool) -> Tensor | None:
         """A buffer that holds nothing of value; None (only if not ``block``) when there is none."""
@@ -402,7 +457,7 @@ class Pager:
 
     def _allocate(self) -> Tensor:
         self._allocated += 1
-        return torch.empty(self._stride, dtype=torch.uint8)
+        return self.make_buffer(self._stride)
 
     def _drop(self, bucket: _Bucket) -> None:
         if bucket.buffer is not None and not bucket.dirty:

@@ -38,19 +38,30 @@ class Item:
 
 
 @dataclass
-class _Part:
+class Part:
     """The parameters of one device."""
 
     items: list[Item]
     step: BoundStep
-    kept: list[tuple[Any, ...]]  # what each state must hold, in its order
-    facts: array[int]  # [n, 3]: address of the parameter, bytes and address of the gradient
     parameters: list[Tensor] = field(init=False)
     states: list[dict[str, Any]] = field(init=False)
+    #: What each state must hold, in its order.
+    kept: list[tuple[Any, ...]] = field(init=False)
+    #: [n, 3]: address of the parameter, bytes and address of its gradient.
+    facts: array[int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.parameters = [item.parameter for item in self.items]
         self.states = [item.state for item in self.items]
+        self.kept = [tuple(state.values()) for state in self.states]
+        self.facts = array("q")
+        for item in self.items:
+            grad = _grad(item)
+            self.facts.extend((item.parameter.data_ptr(), grad.nbytes, grad.data_ptr()))
+
+    def go(self, clip: int, limit: float) -> None:
+        """The step, everything being uploaded; ``clip`` as :meth:`BoundStep.launch` takes it."""
+        self.step.launch(clip=clip, limit=limit)
 
     def scan(self) -> int:
         """Whether everything is as it was planned; brings the gradients' addresses up to date."""
@@ -99,7 +110,7 @@ class Plan:
     def __init__(
         self,
         rule: str,
-        parts: list[_Part],
+        parts: list[Part],
         others: list[Tensor],
         state: dict[Tensor, dict[str, Any]],
     ) -> None:
@@ -151,7 +162,7 @@ class Plan:
             self._join_norms()
         for part in self._parts:
             clip = 0 if limit is None else 1 if several else 2
-            part.step.launch(clip=clip, limit=math.inf if limit is None else limit)
+            part.go(clip, math.inf if limit is None else limit)
         torch.autograd.graph.increment_version(self._parameters)
         return None if limit is None else self._parts[0].step.norm
 
@@ -248,7 +259,10 @@ class Planner:
                 Row(i.parameter.numel(), i.group, i.number, self._slots[i.number][1]) for i in part
             ]
             step = BoundStep(self._rule, rows, groups, self._counts[device], self._rounding)
-            parts.append(self._part(part, step, segments[device]))
+            made = self._part(part, step, segments[device])
+            step.upload(array("q", made.facts[2::3]), b"")
+            step.launch("upload")
+            parts.append(made)
         others = [item.parameter for item in items if item.parameter.grad is None]
         return Plan(self._rule, parts, others, state)
 
@@ -268,19 +282,12 @@ class Planner:
             ),
         )
 
-    def _part(self, items: list[Item], step: BoundStep, segments: list[Segment]) -> _Part:
+    def _part(self, items: list[Item], step: BoundStep, segments: list[Segment]) -> Part:
         reaches = [item.parameter.detach() for item in items]
-        kept, facts = [], array("q")
         for item in items:
             reaches += [item.state[key] for key in _KEYS if key in item.state]
-            kept.append(tuple(item.state.values()))
-            grad = _grad(item)
-            facts.extend((item.parameter.data_ptr(), grad.nbytes, grad.data_ptr()))
         step.cover(Table(segments, step.device), reaches, norm=self._norm)
-        made = _Part(items, step, kept, facts)
-        step.upload(array("q", facts[2::3]), b"")
-        step.launch("upload")
-        return made
+        return Part(items, step)
 
     # -- counts -----------------------------------------------------------------------------------
 

@@ -125,7 +125,6 @@ class BoundStep:
         self._rounding = words(4 * n) if rounding else None
         self.norm = torch.zeros(1, device=device)
         self._sums = torch.zeros(0, dtype=torch.float64, device=device)
-        self._table: Table | None = None
         self._reaches: list[Tensor] = []
         self._uploaded = b""
         self._held: tuple[object, ...] = ()
@@ -145,19 +144,33 @@ class BoundStep:
         counts.fill(self.call)
 
     def cover(self, table: Table, reaches: Sequence[Tensor], *, norm: bool) -> None:
-        """Make a table the one that a step goes over.
+        """Make a table the one that launches go over.
 
         Args:
             table: of segments of the rows.
-            reaches: every tensor that the table holds the address of.
+            reaches: every tensor that the table holds the address of, but gradients.
             norm: whether the norm of the gradients will be asked for.
         """
-        self._table, self._reaches = table, self._own() + table.tensors() + list(reaches)
+        self._reaches = self._own() + table.tensors() + list(reaches)
         if norm:
-            self._sums = self._sums.new_zeros(table.chunks)
+            if self._sums.numel() < table.chunks:
+                self._sums = self._sums.new_zeros(table.chunks)
             self._reaches.append(self._sums)
         self.call.sums = self._sums.data_ptr()
         table.fill(self.call)
+        self.call.state = 0
+
+    def go_over(self, table: Table, reaches: Sequence[Tensor], state: int = 0) -> None:
+        """Launch the pass alone over another table.
+
+        Args:
+            table: of segments of the rows.
+            reaches: the states that it covers.
+            state: address that those of the table are relative to.
+        """
+        table.fill(self.call)
+        self.call.state = state
+        run("optimizer_step", self.device, self.call, [*self._reaches, *table.tensors(), *reaches])
 
     def _own(self) -> list[Tensor]:
         own = [self._parameters, self._grads, self.skipped, self.groups, self.hyper, self.norm]

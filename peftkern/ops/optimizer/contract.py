@@ -252,7 +252,7 @@ def _fake_norm(anchor: Tensor, grads: list[Tensor]) -> Tensor:
 
 def _samples_norm(dtype: torch.dtype) -> Iterator[Sample]:
     make = torch.Generator().manual_seed(3)
-    for sizes in ((), (1,), (0, 3, 1000), (16384 * 2 + 5, 257)):
+    for sizes in ((), (1,), (2048,), (0, 3, 1000), (16384 * 2 + 5, 257)):
         grads = [torch.randn(n, generator=make).to(dtype) for n in sizes]
         yield Sample("-".join(map(str, sizes)) or "none", (torch.empty(len(sizes)), grads))
 

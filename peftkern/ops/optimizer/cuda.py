@@ -17,7 +17,7 @@ from peftkern.registry import implementation
 
 RULES = {"adamw": 0, "lion": 1, "momentum": 2}
 GROUP_WORDS = 7  # of a group's settings: six fp64 numbers and the seed of random rounding
-_CHUNK = 8 * BLOCK  # elements that a warp takes; kChunk in csrc
+CHUNK = 8 * BLOCK  # elements that a warp takes; kChunk in csrc
 _COLUMNS = 10  # of the table of segments
 _PER_MULTIPROCESSOR = 2  # blocks of threads, of which each keeps a copy of the code table
 
@@ -73,7 +73,7 @@ class Table:
     """
 
     def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
-        chunks = np.array([-(-s.numel // _CHUNK) for s in segments], dtype=np.int64)
+        chunks = np.array([-(-s.numel // CHUNK) for s in segments], dtype=np.int64)
         firsts = np.concatenate([[0], np.cumsum(chunks)]).astype(np.int64)
         rows = np.zeros((len(segments), _COLUMNS), dtype=np.int64)
         for i, s in enumerate(segments):
