@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -35,6 +37,18 @@ def default_device(request: pytest.FixtureRequest) -> Iterator[str]:
     torch.set_default_device(request.param)
     yield request.param
     torch.set_default_device(None)
+
+
+@contextlib.contextmanager
+def nothing_waits() -> Iterator[None]:
+    """On a GPU: an operation in the block that makes the host wait for the device is an error."""
+    with warnings.catch_warnings():  # torch says that the mode is a prototype
+        warnings.simplefilter("ignore", UserWarning)
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
+from conftest import nothing_waits
 from torch import Tensor
 
 import peftkern as pk
@@ -150,13 +150,8 @@ def test_no_call_waits_for_the_device() -> None:
 
     step()
     torch.cuda.synchronize()
-    with warnings.catch_warnings():  # it says that it is a prototype
-        warnings.simplefilter("ignore", UserWarning)
-        torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("name", list(registry.specs()))

@@ -66,23 +66,25 @@ def test_matches_reference(device: str, name: str, backend: str, dtype: torch.dt
     spec = registry.specs()[name]
     if (reason := dict(registry.explain(name, device))[backend]) is not None:
         pytest.skip(reason)
-    ran = 0
+    ran, reasons = 0, []
     for sample in spec.samples(dtype):
         row = next(r for r in registry.implementations(name, device) if r.backend == backend)
-        if row.refusal(tuple(_on(a, device) for a in sample.args)) is not None:
+        reason = row.refusal(tuple(_on(a, device) for a in sample.args))
+        if reason is not None:
+            reasons.append(reason)
             continue
         ran += 1
-        # Bit-equal results are those of the same device: a mean that torch itself takes may differ
-        # in its last bit from one device to the other.
-        same = device if spec.tolerance == "exact" and backend != "reference" else "cpu"
-        with pk.use_backend("reference"):
-            expected = [t.cpu() for t in _run(name, _on(sample.args, same))]
         for layout, args in (
             ("plain", _on(sample.args, device)),
             ("shifted", map_tensors(_shifted, _on(sample.args, device))),
         ):
             if row.refusal(args) is not None:
                 continue  # needs aligned addresses
+            # Bit-equal results are those of the same device and layout: a mean that torch itself
+            # takes may differ in its last bit from one to the other.
+            same = spec.tolerance == "exact" and backend != "reference"
+            with pk.use_backend("reference"):
+                expected = [t.cpu() for t in _run(name, args if same else sample.args)]
             with pk.use_backend(backend):
                 actual = _run(name, args)
             assert len(actual) == len(expected)
@@ -102,7 +104,8 @@ def test_matches_reference(device: str, name: str, backend: str, dtype: torch.dt
                 assert spec.baseline is not None
                 plain = tensors_of(spec.baseline(*sample.args))[i]
                 assert_error_rule(got, truth, plain, spec.factor, where)
-    assert ran, f"{backend} refused every sample of {name} in {dtype}"
+    if not ran:  # only because of the dtype
+        assert any(str(dtype) in reason for reason in reasons), reasons
 
 
 @pytest.mark.parametrize("name", list(registry.specs()))

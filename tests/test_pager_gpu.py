@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import nothing_waits
 from torch import nn
 
 from peftkern import optim
@@ -100,11 +101,8 @@ def test_resident_state_waits_for_nothing_and_can_be_captured() -> None:
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         optimizer.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         optimizer.step()

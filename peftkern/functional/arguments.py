@@ -141,8 +141,8 @@ def adapter_for(x: Tensor, adapter: Tensor, name: str) -> Tensor:
 def seed_for(x: Tensor, p: float, seed: Tensor | None) -> Tensor | None:
     if p == 0.0:
         return None
-    if seed is None:
-        seed = torch.randint(2**62, (1,), dtype=torch.int64)
+    if seed is None:  # by the device's own generator: the host does not wait for a copy
+        return torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
     return seed.to(x.device)
 
 
