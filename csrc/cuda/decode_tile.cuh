@@ -58,36 +58,45 @@ __device__ __forceinline__ uint2 decode_int8x4(uint32_t codes, float scb) {
     return {pack2<kDtype>(v[0], v[1]), pack2<kDtype>(v[2], v[3])};
 }
 
-// The run whose first 16-byte chunk in `source` is `first_chunk`, with chunks exchanged by
-// `exchange`, to 128 bytes at `target` with chunks exchanged by `turn`.
-template <bool kFourBits, int kDtype>
-__device__ __forceinline__ void decode_run(const unsigned char* source, int first_chunk,
-                                           int exchange, unsigned char* target, int turn,
-                                           const float codes[16], float scale) {
-    auto chunk = [&](int c) {
-        return *(const uint4*)(source + (((first_chunk + c) ^ exchange) << 4));
-    };
-    auto store = [&](int c, uint4 v) { *(uint4*)(target + ((c ^ turn) << 4)) = v; };
-    if constexpr (kFourBits) {
-        ScaledCodes<kDtype> table(codes, scale);
+// A run as it is stored: 32 bytes of 4-bit codes, 64 of INT8.
+template <bool kFourBits>
+struct StoredRun {
+    uint4 chunks[kFourBits ? 2 : 4];
+
+    // Its first 16-byte chunk in `source` is `first`, chunks are exchanged by `exchange`.
+    __device__ __forceinline__ void load(const unsigned char* source, int first, int exchange) {
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-            uint4 packed = chunk(c);
-            store(4 * c, table.decode(packed.x));
-            store(4 * c + 1, table.decode(packed.y));
-            store(4 * c + 2, table.decode(packed.z));
-            store(4 * c + 3, table.decode(packed.w));
-        }
-    } else {
+        for (int c = 0; c < (kFourBits ? 2 : 4); ++c)
+            chunks[c] = *(const uint4*)(source + (((first + c) ^ exchange) << 4));
+    }
+
+    // To 128 bytes at `target`, whose chunks are exchanged by `turn`.
+    template <int kDtype>
+    __device__ __forceinline__ void decode(const float codes[16], float scale,
+                                           unsigned char* target, int turn) const {
+        auto store = [&](int c, uint4 v) { *(uint4*)(target + ((c ^ turn) << 4)) = v; };
+        if constexpr (kFourBits) {
+            ScaledCodes<kDtype> table(codes, scale);
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-            uint4 q = chunk(c);
-            uint2 v0 = decode_int8x4<kDtype>(q.x, scale), v1 = decode_int8x4<kDtype>(q.y, scale);
-            uint2 v2 = decode_int8x4<kDtype>(q.z, scale), v3 = decode_int8x4<kDtype>(q.w, scale);
-            store(2 * c, uint4{v0.x, v0.y, v1.x, v1.y});
-            store(2 * c + 1, uint4{v2.x, v2.y, v3.x, v3.y});
+            for (int c = 0; c < 2; ++c) {
+                store(4 * c, table.decode(chunks[c].x));
+                store(4 * c + 1, table.decode(chunks[c].y));
+                store(4 * c + 2, table.decode(chunks[c].z));
+                store(4 * c + 3, table.decode(chunks[c].w));
+            }
+        } else {
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
+                const uint4& q = chunks[c];
+                uint2 v0 = decode_int8x4<kDtype>(q.x, scale),
+                      v1 = decode_int8x4<kDtype>(q.y, scale);
+                uint2 v2 = decode_int8x4<kDtype>(q.z, scale),
+                      v3 = decode_int8x4<kDtype>(q.w, scale);
+                store(2 * c, uint4{v0.x, v0.y, v1.x, v1.y});
+                store(2 * c + 1, uint4{v2.x, v2.y, v3.x, v3.y});
+            }
         }
     }
-}
+};
 
 } // namespace pk

@@ -1,11 +1,14 @@
 // out = x W^T, or dy W, for many rows on Hopper: weights in 4 or 8 bits are decoded inside the
 // product, dense ones are copied; a low-rank term u v^T joins the same sum as its first steps.
 //
-// A block keeps [64, 128 or 256 rows] x [128 outputs] of the result in registers and goes through
-// the depth in steps of 64, with a ring of stages in shared memory between three kinds of warps:
-//   one warp   asks the copy engine for x and for the stored weights (or the dense tile),
-//   four warps turn stored weights into the 16-bit tile (csrc/cuda/decode_tile.cuh),
-//   4 or 8 more multiply (wgmma) and write the result.
+// The product is computed transposed, W first: a block keeps [128 outputs] x [64, 128 or 256 rows
+// of x] in the registers of two warpgroups, 64 outputs each, so that a product takes all of its
+// rows of x at once and reads shared memory least. It goes through the depth in steps of 64 with a
+// ring of stages in shared memory. For 4 and 8 bits one or two more warpgroups take turns, a step
+// each: one thread asks the copy engine for x and the stored weights of a later step, all of them
+// turn the weights of this one into the 16-bit tile (decode_tile.cuh). For dense weights one more
+// warp asks for both tiles.
+//
 // Each stage has three barriers: `stored` (the weights have come), `full` (everything is there) and
 // `empty` (the products have read it). Blocks are persistent and walk the tiles in bands of rows,
 // so that blocks at work together share weights and rows in L2.
@@ -21,39 +24,44 @@ namespace {
 
 enum Format : int { kDense = 0, kFourBit = 1, kInt8 = 2 };
 
-constexpr int kStep = 64;     // of the depth, 128 bytes of 16-bit values
+constexpr int kStep = 64;     // of the depth: 128 bytes of 16-bit values
 constexpr int kOutputs = 128; // of a tile
 constexpr int kWeightTile = kOutputs * kStep * 2;
+constexpr int kHalfTile = kWeightTile / 2; // the outputs of one warpgroup
+constexpr int kMultiply = 256;             // threads
 constexpr int kMaxStages = 8;
 constexpr int kSharedLimit = 227 * 1024;
-constexpr int kHead = 4096; // barriers and the dynamic map, before the stages
 constexpr int kMultiprocessors = 132;
 
-// kGroups: warpgroups that multiply; kSubs: 64-row products of each.
-template <int kFormat, int kGroups, int kSubs>
+// kRows: rows of x of a tile.
+template <int kFormat, int kRows>
 struct Plan {
-    static constexpr int kRows = 64 * kGroups * kSubs;
     static constexpr bool kDecodes = kFormat != kDense;
-    static constexpr int kMultiply = 128 * kGroups;
-    static constexpr int kDecode = kDecodes ? 128 : 0;
-    // 128 accumulators a thread do not fit into an equal share of the registers: warpgroups hand
-    // theirs to those that multiply, so the copying warp then needs a whole one around it.
-    static constexpr bool kMoveRegisters = kDecodes && kSubs == 2;
-    static constexpr int kThreads = kMultiply + kDecode + (kMoveRegisters ? 128 : 32);
+    // Warpgroups that decode. 256 rows take 128 accumulators a thread: registers for one are left.
+    static constexpr int kTurns = kRows == 256 ? 1 : 2;
+    static constexpr int kThreads = kMultiply + (kDecodes ? 128 * kTurns : 32);
     static constexpr int kXTile = kRows * kStep * 2;
     static constexpr int kStoredTile = kFormat == kFourBit ? kWeightTile / 4
                                        : kFormat == kInt8  ? kWeightTile / 2
                                                            : 0;
     static constexpr int kStage = kXTile + kWeightTile + kStoredTile;
-    static constexpr int kFit = (kSharedLimit - kHead) / kStage;
-    static constexpr int kStages = kFit > kMaxStages ? kMaxStages : kFit;
-    static constexpr int kSharedBytes = kHead + kStages * kStage;
+    static constexpr int kHead = kFormat == kFourBit ? 2048 : 1024; // barriers, the dynamic map
+    // Tiles start on 1024 bytes, the window in which chunks change places.
+    static constexpr int kFit = (kSharedLimit - kHead - 1024) / kStage;
+    // A stage belongs to one decoding warpgroup: waits tell odd phases from even ones, no more.
+    static constexpr int kStages = (kFit > kMaxStages ? kMaxStages : kFit) / kTurns * kTurns;
+    static constexpr int kSharedBytes = 1024 + kHead + kStages * kStage;
+    // How many of its own steps a decoding warpgroup copies ahead: one stage is being decoded, and
+    // one multiplied.
+    static constexpr int kAhead = (kStages - 2) / kTurns;
+    static_assert(kAhead >= 1, "the next step's copy is under way when this one is decoded");
+    static constexpr bool kMoveRegisters = kDecodes && kTurns == 1;
 };
 
-// Registers of a thread that multiplies, decodes or copies, where they move: what the launch gives
-// to 512 threads, 128 each.
-constexpr int kMultiplyRegisters = 192, kDecodeRegisters = 104, kCopyRegisters = 24;
-static_assert(8 * kMultiplyRegisters + 4 * kDecodeRegisters + 4 * kCopyRegisters <= 16 * 128,
+// Registers of a thread that multiplies or decodes, where they move: what the launch gives to 384
+// threads, 168 each.
+constexpr int kMultiplyRegisters = 200, kDecodeRegisters = 104;
+static_assert(2 * kMultiplyRegisters + kDecodeRegisters <= 3 * 168,
               "a warpgroup that asks for more than the others gave back waits for ever");
 
 struct Args {
@@ -61,7 +69,7 @@ struct Args {
     Scales scales; // of a 4-bit weight; kInt8: absmax is the row absmax
     int quant_type;
     int block_shift;
-    int64_t m, outputs, depth; // of the product
+    int64_t m, outputs; // of the product
     int64_t stored_rows, stored_cols;
     int rank_steps; // steps of the low-rank term, before those of the depth
     int steps;      // both together
@@ -74,7 +82,7 @@ struct Args {
 };
 
 struct Tile {
-    int64_t m, n;         // first row and output
+    int64_t m, n;         // first row of x and output
     int part, begin, end; // steps
 };
 
@@ -101,10 +109,38 @@ template <int kStages>
 struct Ring {
     int slot = 0;
     uint32_t parity = 0;
-    __device__ __forceinline__ void advance() {
-        if (++slot == kStages) {
-            slot = 0;
+    __device__ __forceinline__ void advance(int by = 1) {
+        slot += by;
+        if (slot >= kStages) {
+            slot -= kStages;
             parity ^= 1;
+        }
+    }
+};
+
+// A block's steps, tile after tile.
+struct Steps {
+    Tile tile;
+    int step, index, count;
+
+    __device__ __forceinline__ Steps(const Args& a, int rows) {
+        index = (int)blockIdx.x;
+        count = a.tiles_m * a.tiles_n * a.parts;
+        if (index < count) {
+            tile = tile_at(a, index, rows);
+            step = tile.begin;
+        }
+    }
+    __device__ __forceinline__ bool left() const { return index < count; }
+    __device__ __forceinline__ void advance(const Args& a, int rows, int by) {
+        step += by;
+        while (step >= tile.end) {
+            int over = step - tile.end;
+            index += (int)gridDim.x;
+            if (index >= count)
+                return;
+            tile = tile_at(a, index, rows);
+            step = tile.begin + over;
         }
     }
 };
@@ -113,60 +149,62 @@ struct Barriers {
     uint64_t full[kMaxStages], empty[kMaxStages], stored[kMaxStages];
 };
 
-// --- the warp that asks for copies ------------------------------------------------------------
+// Asks for the tiles of one step, once their stage is free. One thread.
 template <class P, int kFormat, bool kAcross>
-__device__ __forceinline__ void copy_stages(const Args& a, Barriers* barriers,
-                                            unsigned char* stages) {
-    Ring<P::kStages> ring;
-    int tiles = a.tiles_m * a.tiles_n * a.parts;
-    for (int index = (int)blockIdx.x; index < tiles; index += (int)gridDim.x) {
-        Tile t = tile_at(a, index, P::kRows);
-        for (int step = t.begin; step < t.end; ++step) {
-            unsigned char* x = stages + ring.slot * P::kStage;
-            unsigned char* w = x + P::kXTile;
-            uint64_t* full = &barriers->full[ring.slot];
-            barrier_wait(&barriers->empty[ring.slot], ring.parity ^ 1);
-            bool low_rank = step < a.rank_steps;
-            int64_t k = (low_rank ? step : step - a.rank_steps) * (int64_t)kStep;
-            bool copies_weight = low_rank || kFormat == kDense;
-            barrier_arrive_expect(full, P::kXTile + (copies_weight ? kWeightTile : 0));
-            copy_box(x, low_rank ? &a.u : &a.x, t.m, k, full);
-            if (copies_weight) {
-                const TensorMap* map = low_rank ? &a.v : &a.weight;
-                if (kAcross) { // two boxes of 64 columns
-                    copy_box(w, map, k, t.n, full);
-                    copy_box(w + kWeightTile / 2, map, k, t.n + 64, full);
-                } else {
-                    copy_box(w, map, t.n, k, full);
-                }
-            } else {
-                uint64_t* stored = &barriers->stored[ring.slot];
-                barrier_arrive_expect(stored, P::kStoredTile);
-                int64_t row = kAcross ? k : t.n, col = kAcross ? t.n : k;
-                copy_box(w + kWeightTile, &a.weight, row, kFormat == kFourBit ? col / 2 : col,
-                         stored);
-            }
-            if (low_rank && P::kDecodes) // nothing to decode, but the phases go together
-                barrier_arrive(&barriers->stored[ring.slot]);
-            ring.advance();
+__device__ __forceinline__ void copy_step(const Args& a, Barriers* barriers, unsigned char* stages,
+                                          const Steps& at, int slot, uint32_t parity) {
+    unsigned char* x = stages + slot * P::kStage;
+    unsigned char* w = x + P::kXTile;
+    uint64_t* full = &barriers->full[slot];
+    barrier_wait(&barriers->empty[slot], parity ^ 1);
+    bool low_rank = at.step < a.rank_steps;
+    int64_t k = (low_rank ? at.step : at.step - a.rank_steps) * (int64_t)kStep, n = at.tile.n;
+    bool copies_weight = low_rank || kFormat == kDense;
+    barrier_arrive_expect(full, P::kXTile + (copies_weight ? kWeightTile : 0));
+    copy_box(x, low_rank ? &a.u : &a.x, at.tile.m, k, full);
+    if (copies_weight) {
+        const TensorMap* map = low_rank ? &a.v : &a.weight;
+        if (kAcross) { // two boxes of 64 outputs
+            copy_box(w, map, k, n, full);
+            copy_box(w + kHalfTile, map, k, n + 64, full);
+        } else {
+            copy_box(w, map, n, k, full);
         }
+        if (P::kDecodes) // nothing to decode, but the phases go together
+            barrier_arrive(&barriers->stored[slot]);
+    } else {
+        uint64_t* stored = &barriers->stored[slot];
+        barrier_arrive_expect(stored, P::kStoredTile);
+        int64_t row = kAcross ? k : n, col = kAcross ? n : k;
+        copy_box(w + kWeightTile, &a.weight, row, kFormat == kFourBit ? col / 2 : col, stored);
     }
 }
 
-// --- the warps that decode --------------------------------------------------------------------
-constexpr int kAhead = 4; // steps whose statistics are fetched together, as many before their use
+// --- the warp that asks for dense tiles -------------------------------------------------------
+template <class P, int kRows, bool kAcross>
+__device__ __forceinline__ void copy_stages(const Args& a, Barriers* barriers,
+                                            unsigned char* stages) {
+    Ring<P::kStages> ring;
+    for (Steps at(a, kRows); at.left(); at.advance(a, kRows, 1)) {
+        copy_step<P, kDense, kAcross>(a, barriers, stages, at, ring.slot, ring.parity);
+        ring.advance();
+    }
+}
 
+// --- the warpgroups that decode ---------------------------------------------------------------
 // A statistic as it is stored, on its way.
 struct RawScale {
     float plain; // or the nested absmax
     uint32_t code;
 };
 
-// Thread t makes bytes 128 t .. 128 t + 127 of the tile: the 64 weights of output t at this step of
-// the depth, or (kAcross) 64 outputs, the first or the second half, of row t % 64 of the depth.
-template <class P, int kFormat, bool kAcross, int kDtype, bool kNested>
+// Warpgroup `turn` takes every second step. Its thread t makes bytes 128 t .. 128 t + 127 of the
+// tile: the 64 weights of output t at this step of the depth, or (kAcross) 64 outputs, the first or
+// the second half, of row t % 64 of the depth.
+template <class P, int kFormat, int kRows, bool kAcross, int kDtype, bool kNested>
 __device__ __forceinline__ void decode_stages(const Args& a, Barriers* barriers,
-                                              unsigned char* stages, const float* map, int t) {
+                                              unsigned char* stages, const float* map, int turn,
+                                              int t) {
     float codes[16];
     const float* values = codebook(a.quant_type);
 #pragma unroll
@@ -182,68 +220,87 @@ __device__ __forceinline__ void decode_stages(const Args& a, Barriers* barriers,
     const unsigned char* source = stages + P::kXTile + kWeightTile + row * kRowBytes;
     unsigned char* target = stages + P::kXTile + t * 128;
 
-    Ring<P::kStages> ring;
-    int tiles = a.tiles_m * a.tiles_n * a.parts;
-    for (int index = (int)blockIdx.x; index < tiles; index += (int)gridDim.x) {
-        Tile tile = tile_at(a, index, P::kRows);
-        auto fetch = [&](int step) {
-            RawScale raw = {0.0f, 0};
-            int64_t k = (step - a.rank_steps) * (int64_t)kStep;
-            int64_t r = kAcross ? k + row : tile.n + row;
-            int64_t c = kAcross ? tile.n + t / 64 * 64 : k;
-            if (step >= a.rank_steps && step < tile.end && r < a.stored_rows && c < a.stored_cols) {
-                int64_t block = kFormat == kInt8 ? r : (r * a.stored_cols + c) >> a.block_shift;
-                if (kNested) {
-                    raw.code = ((const uint8_t*)a.scales.absmax)[block];
-                    raw.plain = a.scales.nested_absmax[block >> kNestedShift];
-                } else {
-                    raw.plain = ((const float*)a.scales.absmax)[block];
-                }
+    auto fetch = [&](const Steps& at) {
+        RawScale raw = {0.0f, 0};
+        int64_t k = (at.step - a.rank_steps) * (int64_t)kStep;
+        int64_t r = kAcross ? k + row : at.tile.n + row;
+        int64_t c = kAcross ? at.tile.n + t / 64 * 64 : k;
+        if (at.left() && k >= 0 && r < a.stored_rows && c < a.stored_cols) {
+            int64_t block = kFormat == kInt8 ? r : (r * a.stored_cols + c) >> a.block_shift;
+            if (kNested) {
+                raw.code = ((const uint8_t*)a.scales.absmax)[block];
+                raw.plain = a.scales.nested_absmax[block >> kNestedShift];
+            } else {
+                raw.plain = ((const float*)a.scales.absmax)[block];
             }
-            return raw;
-        };
-        RawScale now[kAhead], later[kAhead];
-#pragma unroll
-        for (int j = 0; j < kAhead; ++j)
-            now[j] = fetch(tile.begin + j);
-        for (int first = tile.begin; first < tile.end; first += kAhead) {
-#pragma unroll
-            for (int j = 0; j < kAhead; ++j)
-                later[j] = fetch(first + kAhead + j);
-#pragma unroll
-            for (int j = 0; j < kAhead; ++j) {
-                int step = first + j;
-                if (step >= tile.end)
-                    break;
-                int at = ring.slot * P::kStage;
-                barrier_wait(&barriers->stored[ring.slot], ring.parity);
-                if (step >= a.rank_steps) { // else the copy engine brings v
-                    float scale =
-                        kNested ? nested_sum(map[now[j].code], now[j].plain, offset) : now[j].plain;
-                    decode_run<kFormat == kFourBit, kDtype>(source + at, first_chunk, exchange,
-                                                            target + at, t & 7, codes, scale);
-                    fence_async();
-                }
-                __syncwarp();
-                if (t % 32 == 0)
-                    barrier_arrive(&barriers->full[ring.slot]);
-                ring.advance();
-            }
-#pragma unroll
-            for (int j = 0; j < kAhead; ++j)
-                now[j] = later[j];
         }
+        return raw;
+    };
+
+    Steps at(a, kRows), copied(a, kRows);
+    Ring<P::kStages> ring, copy_ring;
+    if (at.left() && turn == 1) {
+        at.advance(a, kRows, 1);
+        copied.advance(a, kRows, 1);
+        ring.advance();
+        copy_ring.advance();
+    }
+    auto copy_next = [&]() { // by thread 0
+        if (!copied.left())
+            return;
+        copy_step<P, kFormat, kAcross>(a, barriers, stages, copied, copy_ring.slot,
+                                       copy_ring.parity);
+        copied.advance(a, kRows, P::kTurns);
+        copy_ring.advance(P::kTurns);
+    };
+    StoredRun<kFormat == kFourBit> run;
+    auto load = [&]() {
+        if (!at.left())
+            return;
+        barrier_wait(&barriers->stored[ring.slot], ring.parity);
+        if (at.step >= a.rank_steps) // else the copy engine brings v
+            run.load(source + ring.slot * P::kStage, first_chunk, exchange);
+    };
+    if (t == 0)
+        for (int i = 0; i < P::kAhead; ++i)
+            copy_next();
+    __syncwarp();
+    RawScale now = fetch(at);
+    load();
+    while (at.left()) {
+        Steps ahead = at;
+        ahead.advance(a, kRows, P::kTurns);
+        RawScale later = fetch(ahead);
+        int slot = ring.slot;
+        bool decodes = at.step >= a.rank_steps;
+        if (decodes) {
+            float scale = kNested ? nested_sum(map[now.code], now.plain, offset) : now.plain;
+            run.template decode<kDtype>(codes, scale, target + slot * P::kStage, t & 7);
+        }
+        // While the stores are on their way: the next copy, and the next run.
+        if (t == 0)
+            copy_next();
+        __syncwarp();
+        ring.advance(P::kTurns);
+        at = ahead;
+        now = later;
+        load();
+        if (decodes)
+            fence_async();
+        __syncwarp();
+        if (t % 32 == 0)
+            barrier_arrive(&barriers->full[slot]);
     }
 }
 
-// --- the warps that multiply ------------------------------------------------------------------
+// --- the warpgroups that multiply -------------------------------------------------------------
 template <int kValue>
 struct Type {
     static constexpr int value = kValue;
 };
 
-// The four lanes of a quad hold two neighbouring outputs each of the octets 0..3; afterwards lane t
-// of the quad holds octet t as a whole.
+// The four lanes of a quad hold two neighbours each of the octets 0..3; afterwards lane t of the
+// quad holds octet t as a whole.
 __device__ __forceinline__ void gather_octets(uint32_t pairs[4], int t) {
     uint32_t mine[4];
 #pragma unroll
@@ -263,92 +320,73 @@ __device__ __forceinline__ void gather_octets(uint32_t pairs[4], int t) {
     }
 }
 
-// Writes 64 rows x 128 outputs of one warpgroup.
-template <int kDtype>
-__device__ __forceinline__ void write_tile(const Args& a, const Tile& tile, int64_t first_row,
-                                           float (&acc)[64], int warp, int lane) {
+// Writes what one warp holds: outputs n .. n + 15 of all rows of the tile.
+template <int kDtype, int kCount>
+__device__ __forceinline__ void write_tile(const Args& a, const Tile& tile, int64_t n,
+                                           float (&acc)[kCount], int lane) {
     int g = lane / 4, t = lane % 4;
-    int64_t row = first_row + 16 * warp + g;
-    if (a.workspace != nullptr) {
+    // Element i is output n + g + 8 (i / 2 % 2) of row 8 (i / 4) + 2 t + i % 2.
+    if (a.workspace != nullptr || a.accumulate) {
 #pragma unroll
-        for (int i = 0; i < 32; ++i) {
-            int64_t m = row + 8 * (i % 2), n = tile.n + 8 * (i / 2) + 2 * t;
-            if (m < a.m && n < a.outputs)
-                *(float2*)(a.workspace + (tile.part * a.m + m) * a.outputs + n) =
-                    float2{acc[2 * i], acc[2 * i + 1]};
+        for (int i = 0; i < kCount; ++i) {
+            int64_t m = tile.m + 8 * (i / 4) + 2 * t + i % 2, o = n + g + 8 * (i / 2 % 2);
+            if (m >= a.m || o >= a.outputs)
+                continue;
+            if (a.workspace != nullptr)
+                a.workspace[(tile.part * a.m + m) * a.outputs + o] = acc[i];
+            else
+                acc[i] += load_as_float(a.out, kDtype, m * a.outputs + o);
         }
-        return;
-    }
-    if (a.accumulate) {
-#pragma unroll
-        for (int i = 0; i < 32; ++i) {
-            int64_t m = row + 8 * (i % 2), n = tile.n + 8 * (i / 2) + 2 * t;
-            if (m < a.m && n < a.outputs) {
-                acc[2 * i] += load_as_float(a.out, kDtype, m * a.outputs + n);
-                acc[2 * i + 1] += load_as_float(a.out, kDtype, m * a.outputs + n + 1);
-            }
-        }
+        if (a.workspace != nullptr)
+            return;
         __syncwarp(); // other lanes write what this one has read
     }
     if (a.bias != nullptr) {
+        float bias[2];
 #pragma unroll
-        for (int j = 0; j < 16; ++j) {
-            int64_t n = tile.n + 8 * j + 2 * t;
-            if (n < a.outputs) {
-                float left = load_as_float(a.bias, kDtype, n);
-                float right = load_as_float(a.bias, kDtype, n + 1);
-                acc[4 * j] += left, acc[4 * j + 2] += left;
-                acc[4 * j + 1] += right, acc[4 * j + 3] += right;
-            }
-        }
+        for (int h = 0; h < 2; ++h)
+            bias[h] =
+                n + g + 8 * h < a.outputs ? load_as_float(a.bias, kDtype, n + g + 8 * h) : 0.0f;
+#pragma unroll
+        for (int i = 0; i < kCount; ++i)
+            acc[i] += bias[i / 2 % 2];
     }
+    // 16 rows at a time: transposed, a lane has neighbouring outputs of a row, then 8 of them.
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
+    for (int j = 0; j < kCount / 8; ++j) {
+        uint32_t octets[4]; // outputs 0..7 and 8..15 of row g, the same of row 8 + g
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            uint32_t pairs[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                int at = 4 * (4 * j + i) + 2 * half;
-                pairs[i] = pack2<kDtype>(acc[at], acc[at + 1]);
-            }
-            gather_octets(pairs, t);
-            int64_t m = row + 8 * half, n = tile.n + 32 * j + 8 * t;
-            if (m < a.m && n < a.outputs)
-                *(uint4*)((uint16_t*)a.out + m * a.outputs + n) =
-                    uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
-        }
+        for (int i = 0; i < 4; ++i)
+            octets[i] = transpose_8x8(pack2<kDtype>(acc[8 * j + 2 * i], acc[8 * j + 2 * i + 1]));
+        gather_octets(octets, t);
+        int64_t m = tile.m + 16 * j + 8 * (t / 2) + g, o = n + 8 * (t % 2);
+        if (m < a.m && o < a.outputs)
+            *(uint4*)((uint16_t*)a.out + m * a.outputs + o) =
+                uint4{octets[0], octets[1], octets[2], octets[3]};
+    }
 }
 
-template <class P, int kSubs, bool kAcross, int kDtype>
+template <class P, int kRows, bool kAcross, int kDtype>
 __device__ __forceinline__ void multiply_stages(const Args& a, Barriers* barriers,
                                                 const unsigned char* stages, int tid) {
     int group = tid / 128, warp = tid / 32 % 4, lane = tid % 32;
     Ring<P::kStages> ring;
     int tiles = a.tiles_m * a.tiles_n * a.parts;
     for (int index = (int)blockIdx.x; index < tiles; index += (int)gridDim.x) {
-        Tile tile = tile_at(a, index, P::kRows);
-        float acc[kSubs][64];
+        Tile tile = tile_at(a, index, kRows);
+        float acc[kRows / 2];
         uint64_t* read = nullptr; // by the products under way before these
         auto one_step = [&](auto type, bool first) {
             constexpr int kType = decltype(type)::value;
             barrier_wait(&barriers->full[ring.slot], ring.parity);
             const unsigned char* x = stages + ring.slot * P::kStage;
-            const unsigned char* w = x + P::kXTile;
-#pragma unroll
-            for (int s = 0; s < kSubs; ++s)
-                product_touch(acc[s]);
+            const unsigned char* w = x + P::kXTile + group * kHalfTile;
+            product_touch(acc);
             product_begin();
 #pragma unroll
-            for (int k = 0; k < kStep / 16; ++k) {
-                auto right =
-                    operand_at<kAcross>(w + (kAcross ? 16 * 128 : 32) * k, kWeightTile / 2);
-#pragma unroll
-                for (int s = 0; s < kSubs; ++s)
-                    product<kType, kAcross>(
-                        acc[s], operand_at<false>(x + (kSubs * group + s) * 64 * 128 + 32 * k, 0),
-                        right, !first || k > 0);
-            }
+            for (int k = 0; k < kStep / 16; ++k)
+                product<kType, kAcross>(acc, operand_at(w + (kAcross ? 16 * 128 : 32) * k),
+                                        operand_at(x + 32 * k), !first || k > 0);
             product_commit();
             product_wait<1>();
             __syncwarp();
@@ -364,35 +402,30 @@ __device__ __forceinline__ void multiply_stages(const Args& a, Barriers* barrier
         for (; step < tile.end; ++step)
             one_step(Type<kDtype>{}, step == tile.begin);
         product_wait<0>();
-#pragma unroll
-        for (int s = 0; s < kSubs; ++s)
-            product_touch(acc[s]);
+        product_touch(acc);
         __syncwarp();
         if (lane == 0)
             barrier_arrive(read);
-#pragma unroll
-        for (int s = 0; s < kSubs; ++s)
-            write_tile<kDtype>(a, tile, tile.m + (kSubs * group + s) * 64, acc[s], warp, lane);
+        write_tile<kDtype>(a, tile, tile.n + 64 * group + 16 * warp, acc, lane);
     }
 }
 
-template <int kFormat, bool kNested, bool kAcross, int kDtype, int kGroups, int kSubs>
-__global__ void __launch_bounds__(Plan<kFormat, kGroups, kSubs>::kThreads, 1)
+template <int kFormat, bool kNested, bool kAcross, int kDtype, int kRows>
+__global__ void __launch_bounds__(Plan<kFormat, kRows>::kThreads, 1)
     linear_wgmma_kernel(const __grid_constant__ Args a) {
 #if defined(PK_HOPPER)
-    using P = Plan<kFormat, kGroups, kSubs>;
+    using P = Plan<kFormat, kRows>;
     PK_DYNAMIC_SHARED(memory);
-    // Tiles start on 1024 bytes, the window that the exchange of chunks repeats in.
     unsigned char* aligned = memory + (1024 - shared_offset(memory) % 1024) % 1024;
     Barriers* barriers = (Barriers*)aligned;
-    float* map = (float*)(aligned + sizeof(Barriers));
-    unsigned char* stages = aligned + 2048;
-    static_assert(sizeof(Barriers) + 1024 <= 2048 && 2048 + 1024 <= kHead, "the head holds them");
+    float* map = (float*)(aligned + 1024);
+    unsigned char* stages = aligned + P::kHead;
+    static_assert(sizeof(Barriers) <= 1024, "the head holds them");
     int tid = (int)threadIdx.x;
     if (tid == 0) {
         for (int i = 0; i < P::kStages; ++i) {
-            barrier_init(&barriers->full[i], 1 + P::kDecode / 32);
-            barrier_init(&barriers->empty[i], P::kMultiply / 32);
+            barrier_init(&barriers->full[i], 1 + (P::kDecodes ? 4 : 0)); // decoding warps
+            barrier_init(&barriers->empty[i], kMultiply / 32);
             barrier_init(&barriers->stored[i], 1);
         }
         barrier_init_done();
@@ -401,52 +434,48 @@ __global__ void __launch_bounds__(Plan<kFormat, kGroups, kSubs>::kThreads, 1)
         load_dynamic_map(map);
     __syncthreads();
 
-    if (tid < P::kMultiply) {
+    if (tid < kMultiply) {
         if constexpr (P::kMoveRegisters)
             more_registers<kMultiplyRegisters>();
-        multiply_stages<P, kSubs, kAcross, kDtype>(a, barriers, stages, tid);
-    } else if (tid < P::kMultiply + P::kDecode) {
+        multiply_stages<P, kRows, kAcross, kDtype>(a, barriers, stages, tid);
+    } else if constexpr (P::kDecodes) {
         if constexpr (P::kMoveRegisters)
             fewer_registers<kDecodeRegisters>();
-        if constexpr (P::kDecodes)
-            decode_stages<P, kFormat, kAcross, kDtype, kNested>(a, barriers, stages, map,
-                                                                tid - P::kMultiply);
-    } else {
-        if constexpr (P::kMoveRegisters)
-            fewer_registers<kCopyRegisters>();
-        if (tid == P::kMultiply + P::kDecode)
-            copy_stages<P, kFormat, kAcross>(a, barriers, stages);
+        decode_stages<P, kFormat, kRows, kAcross, kDtype, kNested>(
+            a, barriers, stages, map, (tid - kMultiply) / 128, tid % 128);
+    } else if (tid == kMultiply) {
+        copy_stages<P, kRows, kAcross>(a, barriers, stages);
     }
 #endif
 }
 
-// Adds the parts of the depth in order.
+// Adds the parts of the depth in order: four outputs a thread, of every gridDim.y-th row.
 template <int kDtype>
 __global__ void __launch_bounds__(256)
     add_wgmma_parts_kernel(const float* workspace, int parts, int64_t m, int64_t n,
                            const void* bias, bool accumulate, void* out) {
-    int64_t count = m * n / 4; // n is a multiple of 8
-    for (int64_t i = blockIdx.x * (int64_t)256 + threadIdx.x; i < count;
-         i += gridDim.x * (int64_t)256) {
-        float4 sum = *(const float4*)(workspace + 4 * i);
+    int64_t column = 4 * (blockIdx.x * (int64_t)256 + threadIdx.x); // n is a multiple of 8
+    if (column >= n)
+        return;
+    float start[4] = {};
+    if (bias != nullptr)
+        for (int j = 0; j < 4; ++j)
+            start[j] = load_as_float(bias, kDtype, column + j);
+    for (int64_t row = blockIdx.y; row < m; row += gridDim.y) {
+        int64_t i = row * n + column;
+        float4 sum = *(const float4*)(workspace + i);
         for (int p = 1; p < parts; ++p) {
-            float4 v = *(const float4*)(workspace + p * m * n + 4 * i);
+            float4 v = *(const float4*)(workspace + p * m * n + i);
             sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
         }
-        if (bias != nullptr) {
-            int64_t column = 4 * i % n;
-            sum.x += load_as_float(bias, kDtype, column);
-            sum.y += load_as_float(bias, kDtype, column + 1);
-            sum.z += load_as_float(bias, kDtype, column + 2);
-            sum.w += load_as_float(bias, kDtype, column + 3);
-        }
+        sum.x += start[0], sum.y += start[1], sum.z += start[2], sum.w += start[3];
         if (accumulate) {
-            sum.x += load_as_float(out, kDtype, 4 * i);
-            sum.y += load_as_float(out, kDtype, 4 * i + 1);
-            sum.z += load_as_float(out, kDtype, 4 * i + 2);
-            sum.w += load_as_float(out, kDtype, 4 * i + 3);
+            sum.x += load_as_float(out, kDtype, i);
+            sum.y += load_as_float(out, kDtype, i + 1);
+            sum.z += load_as_float(out, kDtype, i + 2);
+            sum.w += load_as_float(out, kDtype, i + 3);
         }
-        *(uint2*)((uint16_t*)out + 4 * i) =
+        *(uint2*)((uint16_t*)out + i) =
             uint2{pack2<kDtype>(sum.x, sum.y), pack2<kDtype>(sum.z, sum.w)};
     }
 }
@@ -457,9 +486,10 @@ struct Cut {
     int parts;
 };
 
-// The cheapest cut by a model in clocks: a step of a tile takes what its products need (4 clocks a
-// row) or its decoding does, a tile another 1500 to fill the ring and to write, and a part writes
-// and reads 4 bytes for each output at 20 bytes a clock and multiprocessor.
+// The cheapest cut by a model in clocks: a step of a tile takes what shared memory needs (its bytes
+// at 128 a clock, which is more than the products do), a tile another 1500 to fill the ring and to
+// write, and a part writes and reads 4 bytes for each output at 20 bytes a clock and
+// multiprocessor.
 Cut cut_of(int64_t m, int64_t outputs, int64_t depth, int format) {
     Cut best = {64, 1};
     double least = 1e300;
@@ -468,8 +498,7 @@ Cut cut_of(int64_t m, int64_t outputs, int64_t depth, int format) {
         if (rows > 64 && m <= rows / 2)
             break;
         int64_t tiles = ceil_div(m, rows) * columns;
-        double clocks = 4.0 * rows, decode = format == kDense ? 0.0 : 400.0;
-        clocks = clocks < decode ? decode : clocks;
+        double clocks = 3.0 * rows + (format == kDense ? 256.0 : 320.0);
         for (int parts = 1; parts <= 16 && steps / parts >= 4; parts *= 2) {
             double waves = (double)ceil_div(tiles * parts, kMultiprocessors);
             double cost = waves * ((double)ceil_div(steps, parts) * clocks + 1500.0);
@@ -489,15 +518,15 @@ int run(const Args& a, int rows, void* stream) {
     unsigned tiles = (unsigned)(a.tiles_m * a.tiles_n * a.parts);
     unsigned blocks = tiles < (unsigned)kMultiprocessors ? tiles : (unsigned)kMultiprocessors;
     if (rows == 64)
-        return launch("linear_wgmma", linear_wgmma_kernel<kFormat, kNested, kAcross, kDtype, 1, 1>,
-                      blocks, Plan<kFormat, 1, 1>::kThreads, Plan<kFormat, 1, 1>::kSharedBytes,
-                      stream, a);
+        return launch("linear_wgmma", linear_wgmma_kernel<kFormat, kNested, kAcross, kDtype, 64>,
+                      blocks, Plan<kFormat, 64>::kThreads, Plan<kFormat, 64>::kSharedBytes, stream,
+                      a);
     if (rows == 128)
-        return launch("linear_wgmma", linear_wgmma_kernel<kFormat, kNested, kAcross, kDtype, 2, 1>,
-                      blocks, Plan<kFormat, 2, 1>::kThreads, Plan<kFormat, 2, 1>::kSharedBytes,
+        return launch("linear_wgmma", linear_wgmma_kernel<kFormat, kNested, kAcross, kDtype, 128>,
+                      blocks, Plan<kFormat, 128>::kThreads, Plan<kFormat, 128>::kSharedBytes,
                       stream, a);
-    return launch("linear_wgmma", linear_wgmma_kernel<kFormat, kNested, kAcross, kDtype, 2, 2>,
-                  blocks, Plan<kFormat, 2, 2>::kThreads, Plan<kFormat, 2, 2>::kSharedBytes, stream,
+    return launch("linear_wgmma", linear_wgmma_kernel<kFormat, kNested, kAcross, kDtype, 256>,
+                  blocks, Plan<kFormat, 256>::kThreads, Plan<kFormat, 256>::kSharedBytes, stream,
                   a);
 }
 
@@ -567,7 +596,7 @@ int pk_cuda_linear_wgmma(const void* x, int dtype, int64_t m, int64_t stored_row
     a.scales = {absmax, nested_absmax, nested_offset};
     a.quant_type = quant_type;
     a.block_shift = block_shift;
-    a.m = m, a.outputs = outputs, a.depth = depth;
+    a.m = m, a.outputs = outputs;
     a.stored_rows = stored_rows, a.stored_cols = stored_cols;
     a.rank_steps = (int)pk::ceil_div(rank, pk::kStep);
     a.steps = a.rank_steps + (int)pk::ceil_div(depth, pk::kStep);
@@ -589,7 +618,7 @@ int pk_cuda_linear_wgmma(const void* x, int dtype, int64_t m, int64_t stored_row
         status = pk::run<pk::kFourBit, false>(a, rows, across, dtype, stream);
     if (status != pk::kOk || a.workspace == nullptr)
         return status;
-    unsigned blocks = (unsigned)pk::min64(pk::ceil_div(m * outputs, 1024), 1056);
+    dim3 blocks((unsigned)pk::ceil_div(outputs, 1024), (unsigned)pk::min64(m, 4096));
     auto kernel = dtype == pk::kBF16 ? pk::add_wgmma_parts_kernel<pk::kBF16>
                                      : pk::add_wgmma_parts_kernel<pk::kF16>;
     return pk::launch("add_wgmma_parts", kernel, blocks, 256, 0, stream, workspace, a.parts, m,
