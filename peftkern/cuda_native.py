@@ -40,7 +40,7 @@ SIGNATURES = {
     "linear_rows_8bit": "pinnnpppppiifpp",
     "linear_4bit_mma": "pinnnppppiipppiifppp",
     "linear_4bit_few": "pinnnppppiipppiifpp",
-    "shrink": "pinnpiinnfpufpnpppiinifp",
+    "shrink": "pinnpiiifpufpnpppiinifp",
     "outer": "pinnpnifpufpiip",
     "linear_wgmma": "pinnniippppiipppiiipipp",
     "scatter_add": "pinnnnppinp",

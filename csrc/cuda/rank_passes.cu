@@ -48,13 +48,10 @@ __device__ __forceinline__ uint32_t masked_pair(uint32_t pair, uint32_t low_word
 // --- shrink -------------------------------------------------------------------------------------
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kStep = 64; // of the depth, for one warp
 
 struct ShrinkArgs {
     const void* x; // [M, depth]
-    const void* a; // [rank, depth] by its strides
-    int a_dtype;
-    int64_t stride_rank, stride_depth;
+    const void* a; // [rank, depth], or transposed
     int64_t m, depth;
     int rank;
     float scale;
@@ -109,46 +106,52 @@ __device__ __forceinline__ void make_v(const ShrinkArgs& a, int64_t first, int64
     }
 }
 
-// 8 neighbours in depth of one row of a, as parts in pairs.
-template <int kDtype, int kParts>
-__device__ __forceinline__ void load_adapter(const ShrinkArgs& a, int r, int64_t k,
-                                             uint32_t parts[4][kParts]) {
-    bool inside = r < a.rank && k < a.depth;
-    if constexpr (kParts == 1) { // of x's dtype
-        uint4 w = {0, 0, 0, 0};
-        const uint16_t* p = (const uint16_t*)a.a + r * a.stride_rank + k * a.stride_depth;
-        if (inside && a.stride_depth == 1) {
-            w = *(const uint4*)p;
-        } else if (inside) {
-            uint32_t h[8];
-#pragma unroll
-            for (int i = 0; i < 8; ++i)
-                h[i] = p[i * a.stride_depth];
-            w = {h[0] | h[1] << 16, h[2] | h[3] << 16, h[4] | h[5] << 16, h[6] | h[7] << 16};
-        }
-        parts[0][0] = w.x, parts[1][0] = w.y, parts[2][0] = w.z, parts[3][0] = w.w;
-    } else {
-        float v[8] = {};
-        const float* p = (const float*)a.a + r * a.stride_rank + k * a.stride_depth;
-        if (inside && a.stride_depth == 1) {
-            float4 low = *(const float4*)p, high = *(const float4*)(p + 4);
-            v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
-            v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
-        } else if (inside) {
-#pragma unroll
-            for (int i = 0; i < 8; ++i)
-                v[i] = p[i * a.stride_depth];
-        }
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            split_pair<kParts>(v[2 * i], v[2 * i + 1], parts[i]);
-    }
-}
+// 8 neighbours in depth of one row of a, as they are stored. kTransposed: depth is the slow axis.
+template <int kParts, bool kTransposed>
+struct AdapterRun {
+    uint32_t words[kParts == 1 && !kTransposed ? 4 : 8]; // pairs of halves, one half or one fp32
 
-// kRowTiles x 16 rows and 8 kTiles ranks a block; its warps share the depth.
-template <int kDtype, int kParts, int kTiles, int kRowTiles>
-__global__ void __launch_bounds__(kThreads) shrink_kernel(ShrinkArgs a) {
+    __device__ __forceinline__ void load(const ShrinkArgs& a, int r, int64_t k) {
+        constexpr int kWords = kParts == 1 && !kTransposed ? 4 : 8;
+#pragma unroll
+        for (int i = 0; i < kWords; ++i)
+            words[i] = 0;
+        if (r >= a.rank || k >= a.depth)
+            return;
+        if constexpr (kTransposed) {
+            int64_t at = k * a.rank + r;
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+                words[i] = kParts == 1 ? ((const uint16_t*)a.a)[at + i * a.rank]
+                                       : ((const uint32_t*)a.a)[at + i * a.rank];
+        } else {
+            const char* p = (const char*)a.a + (r * a.depth + k) * (kParts == 1 ? 2 : 4);
+#pragma unroll
+            for (int i = 0; i < kWords; i += 4) {
+                uint4 v = *(const uint4*)(p + 4 * i);
+                words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
+            }
+        }
+    }
+    // Elements 2 i and the next as parts in pairs.
+    __device__ __forceinline__ void pair(int i, uint32_t parts[kParts]) const {
+        if constexpr (kParts > 1)
+            split_pair<kParts>(bits_float(words[2 * i]), bits_float(words[2 * i + 1]), parts);
+        else if constexpr (kTransposed)
+            parts[0] = words[2 * i] | words[2 * i + 1] << 16;
+        else
+            parts[0] = words[i];
+    }
+};
+
+// kRowTiles x 16 rows and 8 kTiles ranks a block; its warps share the depth. What a warp needs for
+// its next turn is on its way while it computes. Tensor cores cut off where they add, so 32 of the
+// depth are summed on their own, small parts first, and added as fp32.
+template <int kDtype, int kParts, bool kTransposed, bool kDropout, int kTiles, int kRowTiles>
+__global__ void __launch_bounds__(kThreads, 1) shrink_kernel(ShrinkArgs a) {
     constexpr int kRows = 16 * kRowTiles, kRanks = 8 * kTiles;
+    constexpr int kHalves = kTiles == 2 ? 2 : 1; // 32 of the depth each, in a turn of a warp
+    constexpr int kStep = 32 * kHalves;
     PK_SHARED(float, partial, kWarps * kRows * kRanks);
     int tid = (int)threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
     if (blockIdx.x >= a.shrink_blocks) {
@@ -161,62 +164,75 @@ __global__ void __launch_bounds__(kThreads) shrink_kernel(ShrinkArgs a) {
     }
     int64_t first_m = blockIdx.x * (int64_t)kRows;
     int first_r = (int)blockIdx.y * kRanks;
-    uint64_t key = a.dropout.seed != nullptr ? (uint64_t)*a.dropout.seed : 0;
+    uint64_t key = kDropout ? (uint64_t)*a.dropout.seed : 0;
     float acc[kRowTiles][kTiles][4] = {};
 
-    // Rows first_m + 16 i + g and 8 further, 8 elements from k + 8 t and 8 from k + 32 + 8 t on.
-    auto load = [&](int64_t k, uint4 x[kRowTiles][2][2]) {
-#pragma unroll
-        for (int i = 0; i < 2 * kRowTiles; ++i)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                int64_t m = first_m + 8 * i + g, c = k + 32 * half + 8 * t;
-                uint4 v = {0, 0, 0, 0};
-                if (m < a.m && c < a.depth)
-                    v = *(const uint4*)((const uint16_t*)a.x + m * a.depth + c);
-                x[i / 2][i % 2][half] = v;
-            }
+    // Rows first_m + 16 i + g and 8 further, 8 elements from k + 32 half + 8 t on.
+    struct Turn {
+        uint4 x[kRowTiles][2][kHalves];
+        AdapterRun<kParts, kTransposed> a[kHalves][kTiles];
     };
-    uint4 x[kRowTiles][2][2], next[kRowTiles][2][2];
+    const uint16_t* rows = (const uint16_t*)a.x + (first_m + g) * a.depth + 8 * t;
+    auto load = [&](int64_t k, Turn& turn) {
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) {
+            int64_t c = k + 32 * half;
+            bool inside = c + 8 * t < a.depth;
+#pragma unroll
+            for (int i = 0; i < 2 * kRowTiles; ++i) {
+                uint4 v = {0, 0, 0, 0};
+                if (inside && first_m + 8 * i + g < a.m)
+                    v = load_once<uint4>(rows + 8 * i * a.depth + c);
+                turn.x[i / 2][i % 2][half] = v;
+            }
+#pragma unroll
+            for (int n = 0; n < kTiles; ++n)
+                turn.a[half][n].load(a, first_r + 8 * n + g, c + 8 * t);
+        }
+    };
+    Turn now, next;
     int64_t k = warp * kStep;
-    load(k, x);
+    load(k, now);
     for (; k < a.depth; k += kWarps * kStep) {
         load(k + kWarps * kStep, next);
+        if constexpr (kDropout) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            int64_t c = k + 32 * half + 8 * t;
-            if (a.dropout.seed != nullptr) {
-#pragma unroll
-                for (int i = 0; i < 2 * kRowTiles; ++i) {
-                    uint4& v = x[i / 2][i % 2][half];
-                    uint64_t block = (uint64_t)((first_m + 8 * i + g) * a.depth + c) >> 2;
-                    Philox4 low = philox(key, block), high = philox(key, block + 1);
-                    v.x = masked_pair<kDtype>(v.x, low.w[0], low.w[1], a.dropout);
-                    v.y = masked_pair<kDtype>(v.y, low.w[2], low.w[3], a.dropout);
-                    v.z = masked_pair<kDtype>(v.z, high.w[0], high.w[1], a.dropout);
-                    v.w = masked_pair<kDtype>(v.w, high.w[2], high.w[3], a.dropout);
-                }
-            }
-#pragma unroll
-            for (int n = 0; n < kTiles; ++n) {
-                uint32_t b[4][kParts];
-                load_adapter<kDtype, kParts>(a, first_r + 8 * n + g, c, b);
-#pragma unroll
-                for (int i = 0; i < kRowTiles; ++i) {
-                    const uint4 &upper = x[i][0][half], &lower = x[i][1][half];
-                    const uint32_t first[4] = {upper.x, lower.x, upper.y, lower.y};
-                    const uint32_t second[4] = {upper.z, lower.z, upper.w, lower.w};
-#pragma unroll
-                    for (int p = 0; p < kParts; ++p) {
-                        mma_m16n8k16<kDtype>(acc[i][n], first, b[0][p], b[1][p], acc[i][n]);
-                        mma_m16n8k16<kDtype>(acc[i][n], second, b[2][p], b[3][p], acc[i][n]);
-                    }
-                }
+            for (int i = 0; i < 2 * kHalves * kRowTiles; ++i) {
+                int rows8 = i / kHalves, half = i % kHalves;
+                uint4& v = now.x[rows8 / 2][rows8 % 2][half];
+                int64_t c = k + 32 * half + 8 * t;
+                uint64_t block = (uint64_t)((first_m + 8 * rows8 + g) * a.depth + c) >> 2;
+                Philox4 low = philox(key, block), high = philox(key, block + 1);
+                v.x = masked_pair<kDtype>(v.x, low.w[0], low.w[1], a.dropout);
+                v.y = masked_pair<kDtype>(v.y, low.w[2], low.w[3], a.dropout);
+                v.z = masked_pair<kDtype>(v.z, high.w[0], high.w[1], a.dropout);
+                v.w = masked_pair<kDtype>(v.w, high.w[2], high.w[3], a.dropout);
             }
         }
 #pragma unroll
-        for (int i = 0; i < 4 * kRowTiles; ++i)
-            x[i / 4][i / 2 % 2][i % 2] = next[i / 4][i / 2 % 2][i % 2];
+        for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+            for (int half = 0; half < kHalves; ++half) {
+                uint32_t b[4][kParts];
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    now.a[half][n].pair(i, b[i]);
+                float sum[kRowTiles][4] = {};
+#pragma unroll
+                for (int p = kParts - 1; p >= 0; --p)
+#pragma unroll
+                    for (int i = 0; i < kRowTiles; ++i) {
+                        const uint4 &upper = now.x[i][0][half], &lower = now.x[i][1][half];
+                        const uint32_t first[4] = {upper.x, lower.x, upper.y, lower.y};
+                        const uint32_t second[4] = {upper.z, lower.z, upper.w, lower.w};
+                        mma_m16n8k16<kDtype>(sum[i], first, b[0][p], b[1][p], sum[i]);
+                        mma_m16n8k16<kDtype>(sum[i], second, b[2][p], b[3][p], sum[i]);
+                    }
+#pragma unroll
+                for (int i = 0; i < 4 * kRowTiles; ++i)
+                    acc[i / 4][n][i % 4] += sum[i / 4][i % 4];
+            }
+        now = next;
     }
 
 #pragma unroll
@@ -269,7 +285,7 @@ struct OuterArgs {
 };
 
 // kTiles x 16 ranks a block. kParts: bf16 parts of s.
-template <int kDtype, int kParts, int kTiles>
+template <int kDtype, int kParts, bool kDropout, int kTiles>
 __global__ void __launch_bounds__(32 * kOuterWarps<kTiles>, 1) outer_kernel(OuterArgs a) {
     constexpr int kShare = kOuterWarps<kTiles>;
     PK_SHARED(float, partial, kShare * 16 * kColumns);
@@ -277,46 +293,59 @@ __global__ void __launch_bounds__(32 * kOuterWarps<kTiles>, 1) outer_kernel(Oute
     int64_t first_c = blockIdx.x * (int64_t)kColumns;
     int first_r = (int)blockIdx.y * 16 * kTiles;
     int64_t own_c = first_c + 4 * g;
-    uint64_t key = a.dropout.seed != nullptr ? (uint64_t)*a.dropout.seed : 0;
+    uint64_t key = kDropout ? (uint64_t)*a.dropout.seed : 0;
     float acc[kTiles][4][4] = {};
 
-    // Rows m + 2 t, the next, and the two 8 further; four columns of each.
-    auto load = [&](int64_t m, uint2 x[4]) {
+    // Rows m + 2 t, the next, and the two 8 further: four columns of each, and s at ranks g, g + 8.
+    struct Unit {
+        uint2 x[4];
+        float s[kTiles][4][2];
+    };
+    constexpr int kAhead = kTiles == 4 ? 1 : 2;
+    constexpr int kTurn = kShare * kUnit * kAhead;
+    auto load = [&](int64_t m, Unit& unit) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             int64_t row = m + 2 * t + 8 * (i / 2) + i % 2;
-            x[i] = uint2{0, 0};
+            unit.x[i] = uint2{0, 0};
             if (row < a.m && own_c < a.c)
-                x[i] = *(const uint2*)((const uint16_t*)a.x + row * a.c + own_c);
+                unit.x[i] = load_once<uint2>((const uint16_t*)a.x + row * a.c + own_c);
+#pragma unroll
+            for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    int r = first_r + 16 * n + g + 8 * h;
+                    unit.s[n][i][h] = row < a.m && r < a.rank ? a.s[row * a.s_stride + r] : 0.0f;
+                }
         }
     };
-    constexpr int kAhead = 2;
-    uint2 x[kAhead][4], next[kAhead][4];
-    constexpr int kTurn = kShare * kUnit * kAhead;
+    Unit now[kAhead], next[kAhead];
     int64_t m = warp * kUnit * kAhead;
 #pragma unroll
     for (int i = 0; i < kAhead; ++i)
-        load(m + i * kUnit, x[i]);
+        load(m + i * kUnit, now[i]);
     for (; m < a.m; m += kTurn) {
 #pragma unroll
         for (int i = 0; i < kAhead; ++i)
             load(m + kTurn + i * kUnit, next[i]);
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
-            int64_t row = m + i * kUnit + 2 * t;
-            if (a.dropout.seed != nullptr) {
+            Unit& unit = now[i];
+            if constexpr (kDropout) {
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
-                    int64_t at = (row + 8 * (j / 2) + j % 2) * a.c + own_c;
-                    Philox4 random = philox(key, (uint64_t)at >> 2);
-                    x[i][j].x = masked_pair<kDtype>(x[i][j].x, random.w[0], random.w[1], a.dropout);
-                    x[i][j].y = masked_pair<kDtype>(x[i][j].y, random.w[2], random.w[3], a.dropout);
+                    int64_t row = m + i * kUnit + 2 * t + 8 * (j / 2) + j % 2;
+                    Philox4 random = philox(key, (uint64_t)(row * a.c + own_c) >> 2);
+                    unit.x[j].x =
+                        masked_pair<kDtype>(unit.x[j].x, random.w[0], random.w[1], a.dropout);
+                    unit.x[j].y =
+                        masked_pair<kDtype>(unit.x[j].y, random.w[2], random.w[3], a.dropout);
                 }
             }
             uint32_t b[4][2]; // tile j: column 4 g + j
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const uint2 &low = x[i][2 * half], &high = x[i][2 * half + 1];
+                const uint2 &low = unit.x[2 * half], &high = unit.x[2 * half + 1];
                 b[0][half] = byte_permute(low.x, high.x, 0x5410);
                 b[1][half] = byte_permute(low.x, high.x, 0x7632);
                 b[2][half] = byte_permute(low.y, high.y, 0x5410);
@@ -324,32 +353,34 @@ __global__ void __launch_bounds__(32 * kOuterWarps<kTiles>, 1) outer_kernel(Oute
             }
 #pragma unroll
             for (int n = 0; n < kTiles; ++n) {
-                uint32_t parts[4][kParts];
+                uint32_t parts[4][kParts]; // ranks g, g + 8 at the first two rows, then the others
 #pragma unroll
-                for (int j = 0; j < 4; ++j) { // ranks g and g + 8, rows as above
-                    int r = first_r + 16 * n + g + 8 * (j % 2);
-                    int64_t at = row + 8 * (j / 2);
-                    float low = r < a.rank && at < a.m ? a.s[at * a.s_stride + r] : 0.0f;
-                    float high = r < a.rank && at + 1 < a.m ? a.s[(at + 1) * a.s_stride + r] : 0.0f;
+                for (int j = 0; j < 4; ++j) {
+                    float low = unit.s[n][2 * (j / 2)][j % 2];
+                    float high = unit.s[n][2 * (j / 2) + 1][j % 2];
                     if constexpr (kDtype == kBF16)
                         split_pair<kParts>(low, high, parts[j]);
                     else
                         parts[j][0] = pack2<kDtype>(low, high);
                 }
 #pragma unroll
-                for (int p = 0; p < kParts; ++p) {
-                    const uint32_t left[4] = {parts[0][p], parts[1][p], parts[2][p], parts[3][p]};
+                for (int j = 0; j < 4; ++j) {
+                    float sum[4] = {};
 #pragma unroll
-                    for (int j = 0; j < 4; ++j)
-                        mma_m16n8k16<kDtype>(acc[n][j], left, b[j][0], b[j][1], acc[n][j]);
+                    for (int p = kParts - 1; p >= 0; --p) {
+                        const uint32_t left[4] = {parts[0][p], parts[1][p], parts[2][p],
+                                                  parts[3][p]};
+                        mma_m16n8k16<kDtype>(sum, left, b[j][0], b[j][1], sum);
+                    }
+#pragma unroll
+                    for (int c = 0; c < 4; ++c)
+                        acc[n][j][c] += sum[c];
                 }
             }
         }
 #pragma unroll
         for (int i = 0; i < kAhead; ++i)
-#pragma unroll
-            for (int j = 0; j < 4; ++j)
-                x[i][j] = next[i][j];
+            now[i] = next[i];
     }
 
 #pragma unroll
@@ -378,31 +409,41 @@ __global__ void __launch_bounds__(32 * kOuterWarps<kTiles>, 1) outer_kernel(Oute
     }
 }
 
-template <int kDtype, int kParts>
+template <int kDtype, int kParts, bool kTransposed, bool kDropout>
 int shrink(const ShrinkArgs& a, unsigned v_blocks, void* stream) {
-    int tiles = a.rank <= 16 ? 2 : a.rank <= 32 ? 4 : 8;
     // Few rows are spread over more blocks; the order of the sums is the same.
-    bool two = tiles < 8 && a.m > 2048;
+    bool wide = a.rank > 16, two = !wide && !kDropout && a.m > 2048;
     ShrinkArgs p = a;
     p.shrink_blocks = (unsigned)ceil_div(a.m, two ? 32 : 16);
-    dim3 grid(p.shrink_blocks + v_blocks, (unsigned)ceil_div(a.rank, 8 * tiles));
-    auto kernel =
-        tiles == 2
-            ? (two ? shrink_kernel<kDtype, kParts, 2, 2> : shrink_kernel<kDtype, kParts, 2, 1>)
-        : tiles == 4
-            ? (two ? shrink_kernel<kDtype, kParts, 4, 2> : shrink_kernel<kDtype, kParts, 4, 1>)
-            : shrink_kernel<kDtype, kParts, 8, 1>;
+    dim3 grid(p.shrink_blocks + v_blocks, (unsigned)ceil_div(a.rank, wide ? 32 : 16));
+    auto kernel = wide  ? shrink_kernel<kDtype, kParts, kTransposed, kDropout, 4, 1>
+                  : two ? shrink_kernel<kDtype, kParts, kTransposed, false, 2, 2>
+                        : shrink_kernel<kDtype, kParts, kTransposed, kDropout, 2, 1>;
     return launch("shrink", kernel, grid, kThreads, 0, stream, p);
 }
 
 template <int kDtype, int kParts>
+int shrink(const ShrinkArgs& a, bool transposed, unsigned v_blocks, void* stream) {
+    if (a.dropout.seed != nullptr) // over x, whose adapter is not transposed
+        return transposed ? kBadArgument : shrink<kDtype, kParts, false, true>(a, v_blocks, stream);
+    return transposed ? shrink<kDtype, kParts, true, false>(a, v_blocks, stream)
+                      : shrink<kDtype, kParts, false, false>(a, v_blocks, stream);
+}
+
+template <int kDtype, int kParts, bool kDropout>
 int outer(const OuterArgs& a, void* stream) {
     int tiles = a.rank <= 16 ? 1 : a.rank <= 32 ? 2 : 4;
     dim3 grid((unsigned)ceil_div(a.c, kColumns), (unsigned)ceil_div(a.rank, 16 * tiles));
-    auto kernel = tiles == 1   ? outer_kernel<kDtype, kParts, 1>
-                  : tiles == 2 ? outer_kernel<kDtype, kParts, 2>
-                               : outer_kernel<kDtype, kParts, 4>;
+    auto kernel = tiles == 1   ? outer_kernel<kDtype, kParts, kDropout, 1>
+                  : tiles == 2 ? outer_kernel<kDtype, kParts, kDropout, 2>
+                               : outer_kernel<kDtype, kParts, kDropout, 4>;
     return launch("outer", kernel, grid, tiles == 1 ? 512 : 256, 0, stream, a);
+}
+
+template <int kDtype, int kParts>
+int outer(const OuterArgs& a, void* stream) {
+    return a.dropout.seed != nullptr ? outer<kDtype, kParts, true>(a, stream)
+                                     : outer<kDtype, kParts, false>(a, stream);
 }
 
 bool aligned16(const void* p) { return (uintptr_t)p % 16 == 0; }
@@ -412,27 +453,24 @@ bool aligned16(const void* p) { return (uintptr_t)p % 16 == 0; }
 
 extern "C" {
 
-// s [M, rank] = scale * dropout(x) a^T; x [M, depth] and a of x's dtype, or x bf16 and a fp32;
-// depth a multiple of 8, x and rows of a on 16 bytes. u and v (both or none): see ShrinkArgs;
-// `columns` holds two (bf16 `up`) or three times the rank, rounded up to 8. A null seed means no
-// dropout.
+// s [M, rank] = scale * dropout(x) a^T; x [M, depth], a [rank, depth] or transposed, of x's dtype
+// or, for bf16 x, fp32; depth a multiple of 8, x and a on 16 bytes. u and v (both or none): see
+// ShrinkArgs; `columns` holds two (bf16 `up`) or three times the rank, rounded up to 8. A null seed
+// means no dropout; with one, a is not transposed.
 int pk_cuda_shrink(const void* x, int dtype, int64_t m, int64_t depth, const void* a, int a_dtype,
-                   int rank, int64_t stride_rank, int64_t stride_depth, float scale,
-                   const int64_t* seed, uint32_t threshold, float keep_scale, float* s,
-                   int64_t s_stride, void* u, void* v, const void* up, int up_dtype, int across,
-                   int64_t outputs, int columns, float u_scale, void* stream) {
+                   int rank, int transposed, float scale, const int64_t* seed, uint32_t threshold,
+                   float keep_scale, float* s, int64_t s_stride, void* u, void* v, const void* up,
+                   int up_dtype, int across, int64_t outputs, int columns, float u_scale,
+                   void* stream) {
     bool halves = dtype == pk::kBF16 || dtype == pk::kF16;
-    bool fits = halves && depth % 8 == 0 && pk::aligned16(x) && rank >= 1 &&
+    bool fits = halves && depth % 8 == 0 && pk::aligned16(x) && pk::aligned16(a) && rank >= 1 &&
                 (a_dtype == dtype || (a_dtype == pk::kF32 && dtype == pk::kBF16));
-    if (stride_depth == 1)
-        fits = fits && pk::aligned16(a) && stride_rank % 8 == 0;
     if (fits && m == 0)
         return pk::kOk;
     if (!fits || (u == nullptr) != (v == nullptr))
         return pk::kBadArgument;
     pk::ShrinkArgs p = {};
-    p.x = x, p.a = a, p.a_dtype = a_dtype;
-    p.stride_rank = stride_rank, p.stride_depth = stride_depth;
+    p.x = x, p.a = a;
     p.m = m, p.depth = depth, p.rank = rank, p.scale = scale;
     p.dropout = {seed, threshold, keep_scale};
     p.s = s, p.s_stride = s_stride, p.u = (uint16_t*)u, p.v = (uint16_t*)v;
@@ -441,9 +479,9 @@ int pk_cuda_shrink(const void* x, int dtype, int64_t m, int64_t depth, const voi
     unsigned v_blocks =
         v == nullptr ? 0 : (unsigned)pk::min64(pk::ceil_div(outputs * columns, 2048), 66);
     if (dtype == pk::kF16)
-        return pk::shrink<pk::kF16, 1>(p, v_blocks, stream);
-    return a_dtype == pk::kF32 ? pk::shrink<pk::kBF16, 3>(p, v_blocks, stream)
-                               : pk::shrink<pk::kBF16, 1>(p, v_blocks, stream);
+        return pk::shrink<pk::kF16, 1>(p, transposed != 0, v_blocks, stream);
+    return a_dtype == pk::kF32 ? pk::shrink<pk::kBF16, 3>(p, transposed != 0, v_blocks, stream)
+                               : pk::shrink<pk::kBF16, 1>(p, transposed != 0, v_blocks, stream);
 }
 
 // out = scale * s^T dropout(x), [rank, C] or transposed [C, rank], for x [M, C] bf16 or fp16 (there

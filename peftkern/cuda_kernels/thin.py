@@ -69,7 +69,6 @@ def shrink(
     """
     m, depth = x.shape
     rank = a.shape[1] if transposed else a.shape[0]
-    strides = (1, rank) if transposed and rank > 1 else (depth, 1)
     s = x.new_empty((m, rank), dtype=torch.float32) if out is None else out
     up, u_scale, across = (None, 1.0, False) if parts is None else parts
     u = v = None
@@ -89,7 +88,7 @@ def shrink(
         a,
         DTYPES[a.dtype],
         rank,
-        *strides,
+        int(transposed),
         scale,
         *(dropout or Dropout()).arguments(),
         s,
