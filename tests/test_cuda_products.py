@@ -163,9 +163,10 @@ def test_few_rows(simt: SimtLibrary, case: tuple[Any, ...], dtype: torch.dtype) 
         simt.schedule(schedule, seed=seed)
         got = product(x, base, False, bias, term, way="few")
         assert_error_rule(got, eager(torch.float64), eager(FP32).to(dtype), 1.5, str(case))
-    one = product(x[-1:].clone(), base, False, bias, way="few")
+    least = 1 if m <= 8 else 9  # as many warps share the depth
+    few = product(x[-least:].clone(), base, False, bias, way="few")
     whole = product(x, base, False, bias, way="few")
-    assert_same_bits(one, whole[-1:], "a row alone")
+    assert_same_bits(few, whole[-least:], "rows alone")
 
 
 # (M, depth, rank, dtype of x, of the adapter, dropout, transposed)

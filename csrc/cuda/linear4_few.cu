@@ -6,10 +6,11 @@
 // products of a block are summed in a fresh accumulator, which one FMA multiplies by the block's
 // fp32 scale.
 //
-// A block of 16 warps takes 16 outputs and all of the depth, 128 at a time for each warp, and adds
-// the warps' sums in order: nothing is left for a second kernel. Blocks are persistent; each warp
-// keeps the weights of its next three turns on their way (cp.async into its own ring), across
-// tiles, from before the table is made. Results depend on K, not on M, N or timing.
+// A block takes 16 outputs and all of the depth, 128 at a time for each warp, and adds the warps'
+// sums in order: nothing is left for a second kernel. Blocks are persistent; each warp keeps the
+// weights of its next turns on their way (cp.async into its own ring), across tiles and from before
+// the table is made, and fetches x and the statistics a turn ahead. Results depend on K and on
+// whether M is above 8, on nothing else.
 
 #include "epilogue.cuh"
 #include "scales.cuh"
@@ -17,27 +18,34 @@
 namespace pk {
 namespace {
 
-constexpr int kWarps = 16;
-constexpr int kThreads = 32 * kWarps;
 constexpr int kRows = 16;   // outputs of a tile
 constexpr int kDepth = 128; // of a row, in one turn of a warp
-constexpr int kStages = 4;
 constexpr int kTurnBytes = kRows * kDepth / 2;
 constexpr int kTableBytes = 256 * 32 * 4;
 constexpr int kMapBytes = 256 * 4;
 
+// kTiles: rows of x, in eights. Twice the rows take twice the registers, and leave half the warps.
 template <int kTiles>
-constexpr int kSumBytes = 2 * kWarps * kRows * 8 * kTiles * 4; // of this tile and the last one
-template <int kTiles>
-constexpr int kSharedBytes =
-    kTableBytes + kMapBytes + kWarps * kStages * kTurnBytes + kSumBytes<kTiles>;
+struct Few {
+    static constexpr int kWarps = kTiles == 1 ? 16 : 8;
+    static constexpr int kThreads = 32 * kWarps;
+    static constexpr int kStages = kTiles == 1 ? 4 : 8;
+    static constexpr int kSums = kWarps * kRows * 8 * kTiles; // of a tile
+    static constexpr int kSharedBytes =
+        kTableBytes + kMapBytes + kWarps * kStages * kTurnBytes + 2 * kSums * 4;
+};
+
+struct CodeValues {
+    float v[16];
+};
 
 struct FewArgs {
     const void* x; // [M, K]
     const uint8_t* packed;
     Scales scales;
-    int quant_type;
-    int block_shift; // 6 or more
+    CodeValues codes; // in the kernel's parameters: nearer than memory when it begins
+    int block_shift;  // 6 or more
+    bool paired;      // statistics of neighbouring blocks are read together
     int64_t m, n, k;
     Epilogue epilogue;
 };
@@ -49,67 +57,124 @@ __device__ __forceinline__ uint32_t code_pair(SharedAddress table, uint32_t lane
     return load_shared_word(table + ((shifted & 0x7f80u) | lane4));
 }
 
-// kTiles: rows of x, in eights.
+// Statistics of two rows, two blocks each, as they are stored.
+struct RawScales {
+    float plain[2][2]; // or the nested absmax
+    uint32_t code[2][2];
+};
+
+template <bool kNested>
+__device__ __forceinline__ RawScales fetch_scales(const FewArgs& a, const int64_t first[2],
+                                                  bool inside[2]) {
+    RawScales raw = {};
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+        int64_t block = first[row] >> a.block_shift;
+        if (a.paired && inside[1]) {
+            if (kNested) {
+                uint32_t both = *(const uint16_t*)((const uint8_t*)a.scales.absmax + block);
+                raw.code[row][0] = both & 255, raw.code[row][1] = both >> 8;
+                raw.plain[row][0] = raw.plain[row][1] =
+                    a.scales.nested_absmax[block >> kNestedShift];
+            } else {
+                float2 both = *(const float2*)((const float*)a.scales.absmax + block);
+                raw.plain[row][0] = both.x, raw.plain[row][1] = both.y;
+            }
+            continue;
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            if (!inside[i])
+                continue;
+            int64_t own = (first[row] + 64 * i) >> a.block_shift;
+            if (kNested) {
+                raw.code[row][i] = ((const uint8_t*)a.scales.absmax)[own];
+                raw.plain[row][i] = a.scales.nested_absmax[own >> kNestedShift];
+            } else {
+                raw.plain[row][i] = ((const float*)a.scales.absmax)[own];
+            }
+        }
+    }
+    return raw;
+}
+
 template <int kDtype, int kTiles, bool kNested>
-__global__ void __launch_bounds__(kThreads, 1) linear_4bit_few_kernel(FewArgs a) {
+__global__ void __launch_bounds__(Few<kTiles>::kThreads, 1) linear_4bit_few_kernel(FewArgs a) {
+    using F = Few<kTiles>;
     PK_DYNAMIC_SHARED(memory);
     uint32_t* table = (uint32_t*)memory;
     float* map = (float*)(memory + kTableBytes);
     int tid = (int)threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
-    unsigned char* ring = memory + kTableBytes + kMapBytes + warp * kStages * kTurnBytes;
-    float* sums = (float*)(memory + kTableBytes + kMapBytes + kWarps * kStages * kTurnBytes);
-    int turns = (int)ceil_div(a.k, kDepth * kWarps); // of a warp in one tile
-    int tiles = (int)ceil_div(a.n, kRows);
-    int own = tiles > (int)blockIdx.x ? (tiles - 1 - (int)blockIdx.x) / (int)gridDim.x + 1 : 0;
-    int total = own * turns;
-    auto tile_of = [&](int turn) { return blockIdx.x + (int64_t)(turn / turns) * gridDim.x; };
-    auto depth_of = [&](int turn) { return (int64_t)(turn % turns * kWarps + warp) * kDepth; };
+    unsigned char* ring = memory + kTableBytes + kMapBytes + warp * F::kStages * kTurnBytes;
+    float* sums = (float*)(memory + kTableBytes + kMapBytes + F::kWarps * F::kStages * kTurnBytes);
+    constexpr int kStride = F::kWarps * kDepth; // from a warp's turn to its next
+    int k_size = (int)a.k, own_k = warp * kDepth;
+    int64_t tiles = ceil_div(a.n, kRows), grid = gridDim.x;
 
-    // A turn's weights: 16 rows of 64 bytes, whose 16-byte chunks are exchanged against conflicts.
-    auto issue = [&](int turn) {
-        unsigned char* to = ring + turn % kStages * kTurnBytes;
+    // Copies run ahead: this lane's chunks of rows lane / 4 and 8 further, exchanged in the ring
+    // against bank conflicts.
+    int chunk = lane % 4, to = g * 64 + ((chunk ^ (g >> 1 & 3)) << 4);
+    int copy_k = own_k + 32 * chunk, copy_slot = 0;
+    int64_t copy_tile = blockIdx.x;
+    const uint8_t* from[2];
+    auto aim = [&]() {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            int row = lane / 4 + 8 * i, chunk = lane % 4;
-            int64_t n = min64(tile_of(turn) * kRows + row, a.n - 1);
-            int64_t k = depth_of(turn) + 32 * chunk;
-            cp_async16(to + row * 64 + ((chunk ^ (row >> 1 & 3)) << 4),
-                       a.packed + ((n * a.k + k) >> 1), turn < total && k < a.k);
-        }
-        cp_async_commit();
+        for (int i = 0; i < 2; ++i)
+            from[i] =
+                a.packed + ((min64(copy_tile * kRows + g + 8 * i, a.n - 1) * a.k + copy_k) >> 1);
     };
-    // Statistics of rows g and g + 8, blocks 0 and 1 of the turn, as they are stored.
-    struct Raw {
-        float plain[2][2];
-        uint32_t code[2][2];
-    };
-    auto fetch = [&](int turn) {
-        Raw raw = {};
+    auto copy = [&]() {
+        if (copy_tile < tiles) {
+            bool inside = copy_k < k_size;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            int64_t n = min64(tile_of(turn) * kRows + g + 8 * (i / 2), a.n - 1);
-            int64_t k = depth_of(turn) + 64 * (i % 2);
-            if (turn < total && k < a.k) {
-                int64_t block = (n * a.k + k) >> a.block_shift;
-                if (kNested) {
-                    raw.code[i / 2][i % 2] = ((const uint8_t*)a.scales.absmax)[block];
-                    raw.plain[i / 2][i % 2] = a.scales.nested_absmax[block >> kNestedShift];
-                } else {
-                    raw.plain[i / 2][i % 2] = ((const float*)a.scales.absmax)[block];
-                }
+            for (int i = 0; i < 2; ++i) {
+                cp_async16(ring + copy_slot + to + 512 * i, from[i], inside);
+                from[i] += kStride / 2;
+            }
+            copy_k += kStride;
+            if (copy_k - 32 * chunk >= k_size) {
+                copy_k = own_k + 32 * chunk;
+                copy_tile += grid;
+                aim();
             }
         }
-        return raw;
+        cp_async_commit();
+        copy_slot = (copy_slot + kTurnBytes) % (F::kStages * kTurnBytes);
+    };
+    // x and the statistics one turn ahead.
+    uint4 x[kTiles][2][2], next_x[kTiles][2][2];
+    auto load_x = [&](int k, uint4 v[kTiles][2][2]) {
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                int at = k + 64 * (j / 2) + 16 * t + 8 * (j % 2);
+                v[i][j / 2][j % 2] = uint4{0, 0, 0, 0};
+                if (8 * i + g < a.m && at < k_size)
+                    v[i][j / 2][j % 2] =
+                        *(const uint4*)((const uint16_t*)a.x + (8 * i + g) * a.k + at);
+            }
+    };
+    auto load_scales = [&](int64_t tile, int k) {
+        int64_t first[2];
+        bool inside[2] = {tile < tiles && k < k_size, tile < tiles && k + 64 < k_size};
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            first[i] = min64(tile * kRows + g + 8 * i, a.n - 1) * a.k + k;
+        return fetch_scales<kNested>(a, first, inside);
     };
 
+    aim();
+    if (own_k >= k_size) // nothing of the depth is this warp's
+        copy_tile = tiles;
 #pragma unroll
-    for (int i = 0; i < kStages - 1; ++i)
-        issue(i);
-    Raw now = fetch(0);
+    for (int i = 0; i < F::kStages - 1; ++i)
+        copy();
+    load_x(own_k, x);
+    RawScales now = load_scales(blockIdx.x, own_k);
     float offset = kNested ? *a.scales.nested_offset : 0.0f;
-    const float* values = codebook(a.quant_type);
-    for (int i = tid; i < 256 * 8; i += kThreads) { // 16 bytes of a byte's 128
-        uint32_t v = pack2<kDtype>(values[i / 8 >> 4], values[i / 8 & 15]);
+    for (int i = tid; i < 256 * 8; i += F::kThreads) { // 16 bytes of a byte's 128
+        uint32_t v = pack2<kDtype>(a.codes.v[i / 8 >> 4], a.codes.v[i / 8 & 15]);
         ((uint4*)table)[i] = uint4{v, v, v, v};
     }
     if (kNested)
@@ -118,79 +183,77 @@ __global__ void __launch_bounds__(kThreads, 1) linear_4bit_few_kernel(FewArgs a)
 
     SharedAddress codes = shared_address(table);
     uint32_t lane4 = 4u * (uint32_t)lane;
-    float acc[kTiles][4] = {};
-    for (int turn = 0; turn < total; ++turn) {
-        int64_t depth = depth_of(turn);
-        uint4 x[kTiles][2][2];
+    int slot = 0, half = 0;
+    for (int64_t tile = blockIdx.x; tile < tiles; tile += grid) {
+        float acc[kTiles][4] = {};
+        for (int k = own_k; k < k_size; k += kStride) {
+            bool last = k + kStride >= k_size;
+            int next_k = last ? own_k : k + kStride;
+            load_x(next_k, next_x);
+            RawScales later = load_scales(last ? tile + grid : tile, next_k);
+            copy();
+            cp_async_wait<F::kStages - 1>();
+            __syncwarp();
+            const unsigned char* w = ring + slot;
+            slot = (slot + kTurnBytes) % (F::kStages * kTurnBytes);
 #pragma unroll
-        for (int i = 0; i < kTiles; ++i)
+            for (int block = 0; block < 2; ++block) {
+                // 8 bytes of rows g and g + 8: 16 weights each
+                int at = g * 64 + (((2 * block + t / 2) ^ (g >> 1 & 3)) << 4) + t % 2 * 8;
+                uint2 upper = *(const uint2*)(w + at), lower = *(const uint2*)(w + 512 + at);
+                float part[kTiles][4];
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                int64_t m = 8 * i + g, k = depth + 64 * (j / 2) + 16 * t + 8 * (j % 2);
-                x[i][j / 2][j % 2] = uint4{0, 0, 0, 0};
-                if (m < a.m && k < a.k)
-                    x[i][j / 2][j % 2] = *(const uint4*)((const uint16_t*)a.x + m * a.k + k);
-            }
-        issue(turn + kStages - 1);
-        Raw next = fetch(turn + 1);
-        cp_async_wait<kStages - 1>();
-        __syncwarp();
-        const unsigned char* from = ring + turn % kStages * kTurnBytes;
+                for (int word = 0; word < 2; ++word) {
+                    uint32_t u = word == 0 ? upper.x : upper.y, l = word == 0 ? lower.x : lower.y;
+                    const uint32_t first[4] = {
+                        code_pair(codes, lane4, u, 0), code_pair(codes, lane4, l, 0),
+                        code_pair(codes, lane4, u, 1), code_pair(codes, lane4, l, 1)};
+                    const uint32_t second[4] = {
+                        code_pair(codes, lane4, u, 2), code_pair(codes, lane4, l, 2),
+                        code_pair(codes, lane4, u, 3), code_pair(codes, lane4, l, 3)};
 #pragma unroll
-        for (int block = 0; block < 2; ++block) {
-            // 8 bytes of rows g and g + 8: 16 weights each
-            int chunk = ((2 * block + t / 2) ^ (g >> 1 & 3)) << 4;
-            uint2 upper = *(const uint2*)(from + g * 64 + chunk + t % 2 * 8);
-            uint2 lower = *(const uint2*)(from + (g + 8) * 64 + chunk + t % 2 * 8);
-            float part[kTiles][4];
-#pragma unroll
-            for (int word = 0; word < 2; ++word) {
-                uint32_t u = word == 0 ? upper.x : upper.y, l = word == 0 ? lower.x : lower.y;
-                const uint32_t first[4] = {
-                    code_pair(codes, lane4, u, 0), code_pair(codes, lane4, l, 0),
-                    code_pair(codes, lane4, u, 1), code_pair(codes, lane4, l, 1)};
-                const uint32_t second[4] = {
-                    code_pair(codes, lane4, u, 2), code_pair(codes, lane4, l, 2),
-                    code_pair(codes, lane4, u, 3), code_pair(codes, lane4, l, 3)};
-#pragma unroll
-                for (int i = 0; i < kTiles; ++i) {
-                    const uint4& v = x[i][block][word];
-                    mma_m16n8k16<kDtype>(part[i], first, v.x, v.y, word == 0 ? nullptr : part[i]);
-                    mma_m16n8k16<kDtype>(part[i], second, v.z, v.w, part[i]);
+                    for (int i = 0; i < kTiles; ++i) {
+                        const uint4& v = x[i][block][word];
+                        mma_m16n8k16<kDtype>(part[i], first, v.x, v.y,
+                                             word == 0 ? nullptr : part[i]);
+                        mma_m16n8k16<kDtype>(part[i], second, v.z, v.w, part[i]);
+                    }
                 }
-            }
-            float s[2];
+                float s[2];
 #pragma unroll
-            for (int i = 0; i < 2; ++i)
-                s[i] = kNested ? nested_sum(map[now.code[i][block]], now.plain[i][block], offset)
+                for (int i = 0; i < 2; ++i)
+                    s[i] = kNested
+                               ? nested_sum(map[now.code[i][block]], now.plain[i][block], offset)
                                : now.plain[i][block];
 #pragma unroll
-            for (int i = 0; i < kTiles; ++i)
+                for (int i = 0; i < kTiles; ++i)
 #pragma unroll
-                for (int c = 0; c < 4; ++c)
-                    acc[i][c] = fmaf(part[i][c], s[c / 2], acc[i][c]);
+                    for (int c = 0; c < 4; ++c)
+                        acc[i][c] = fmaf(part[i][c], s[c / 2], acc[i][c]);
+            }
+            __syncwarp(); // all lanes have read this stage before it is filled again
+            now = later;
+#pragma unroll
+            for (int i = 0; i < 4 * kTiles; ++i)
+                x[i / 4][i / 2 % 2][i % 2] = next_x[i / 4][i / 2 % 2][i % 2];
         }
-        now = next;
-        __syncwarp(); // all lanes have read this stage before it is filled again
-        if (turn % turns != turns - 1)
-            continue;
 
-        // The tile is complete: the warps' sums in order.
-        float* to = sums + turn / turns % 2 * (kWarps * kRows * 8 * kTiles);
+        // The warps' sums in order; two halves of the sums take turns, so one barrier is enough.
+        float* own_sums = sums + half * F::kSums;
+        half ^= 1;
 #pragma unroll
         for (int i = 0; i < kTiles; ++i)
 #pragma unroll
-            for (int c = 0; c < 4; ++c) {
-                to[((warp * kTiles + i) * 8 + 2 * t + c % 2) * kRows + g + 8 * (c / 2)] = acc[i][c];
-                acc[i][c] = 0.0f;
-            }
+            for (int c = 0; c < 4; ++c)
+                own_sums[((warp * kTiles + i) * 8 + 2 * t + c % 2) * kRows + g + 8 * (c / 2)] =
+                    acc[i][c];
         __syncthreads();
         if (tid < kRows * 8 * kTiles) {
-            int64_t n = tile_of(turn) * kRows + tid % kRows, m = tid / kRows;
+            int64_t n = tile * kRows + tid % kRows, m = tid / kRows;
             float sum = 0.0f;
 #pragma unroll
-            for (int w = 0; w < kWarps; ++w)
-                sum += to[(w * kTiles * 8 + tid / kRows) * kRows + tid % kRows];
+            for (int w = 0; w < F::kWarps; ++w)
+                sum += own_sums[(w * kTiles * 8 + tid / kRows) * kRows + tid % kRows];
             if (m < a.m && n < a.n)
                 finish(a.epilogue, sum, m, n, a.n);
         }
@@ -198,17 +261,21 @@ __global__ void __launch_bounds__(kThreads, 1) linear_4bit_few_kernel(FewArgs a)
     cp_async_wait<0>();
 }
 
-template <int kDtype>
+constexpr CodeValues values_of(const float (&values)[16]) {
+    CodeValues c = {};
+    for (int i = 0; i < 16; ++i)
+        c.v[i] = values[i];
+    return c;
+}
+
+template <int kDtype, int kTiles>
 int run(const FewArgs& a, void* stream) {
-    bool nested = a.scales.nested_absmax != nullptr, two = a.m > 8;
-    auto kernel = two ? (nested ? linear_4bit_few_kernel<kDtype, 2, true>
-                                : linear_4bit_few_kernel<kDtype, 2, false>)
-                      : (nested ? linear_4bit_few_kernel<kDtype, 1, true>
-                                : linear_4bit_few_kernel<kDtype, 1, false>);
+    using F = Few<kTiles>;
+    auto kernel = a.scales.nested_absmax != nullptr ? linear_4bit_few_kernel<kDtype, kTiles, true>
+                                                    : linear_4bit_few_kernel<kDtype, kTiles, false>;
     constexpr int64_t kMultiprocessors = 132;
     unsigned blocks = (unsigned)min64(ceil_div(a.n, kRows), kMultiprocessors);
-    return launch("linear_4bit_few", kernel, blocks, kThreads,
-                  two ? kSharedBytes<2> : kSharedBytes<1>, stream, a);
+    return launch("linear_4bit_few", kernel, blocks, F::kThreads, F::kSharedBytes, stream, a);
 }
 
 } // namespace
@@ -233,9 +300,14 @@ extern "C" int pk_cuda_linear_4bit_few(const void* x, int dtype, int64_t m, int6
     a.x = x;
     a.packed = packed;
     a.scales = {absmax, nested_absmax, nested_offset};
-    a.quant_type = quant_type;
+    static constexpr pk::CodeValues kNF4 = pk::values_of(pk::kNF4Values);
+    static constexpr pk::CodeValues kFP4 = pk::values_of(pk::kFP4Values);
+    a.codes = quant_type == pk::kNF4 ? kNF4 : kFP4;
     a.block_shift = block_shift;
+    a.paired = block_shift == 6 && k % 128 == 0 && (uintptr_t)absmax % 8 == 0;
     a.m = m, a.n = n, a.k = k;
     a.epilogue = {out, dtype, bias, rank > 0 ? low : nullptr, up, up_dtype, rank, scaling};
-    return dtype == pk::kBF16 ? pk::run<pk::kBF16>(a, stream) : pk::run<pk::kF16>(a, stream);
+    if (dtype == pk::kBF16)
+        return m > 8 ? pk::run<pk::kBF16, 2>(a, stream) : pk::run<pk::kBF16, 1>(a, stream);
+    return m > 8 ? pk::run<pk::kF16, 2>(a, stream) : pk::run<pk::kF16, 1>(a, stream);
 }
