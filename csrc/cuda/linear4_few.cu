@@ -61,6 +61,16 @@ __device__ __forceinline__ uint32_t code_pair(SharedAddress table, uint32_t lane
 struct RawScales {
     float plain[2][2]; // or the nested absmax
     uint32_t code[2][2];
+    bool pair; // nested: code[row][0] holds both codes, plain[row][0] is for both
+
+    template <bool kNested>
+    __device__ __forceinline__ float value(const float* map, float offset, int row,
+                                           int block) const {
+        if (!kNested)
+            return plain[row][block];
+        uint32_t c = pair ? code[row][0] >> 8 * block & 255 : code[row][block];
+        return nested_sum(map[c], pair ? plain[row][0] : plain[row][block], offset);
+    }
 };
 
 template <bool kNested>
@@ -72,10 +82,10 @@ __device__ __forceinline__ RawScales fetch_scales(const FewArgs& a, const int64_
         int64_t block = first[row] >> a.block_shift;
         if (a.paired && inside[1]) {
             if (kNested) {
-                uint32_t both = *(const uint16_t*)((const uint8_t*)a.scales.absmax + block);
-                raw.code[row][0] = both & 255, raw.code[row][1] = both >> 8;
-                raw.plain[row][0] = raw.plain[row][1] =
-                    a.scales.nested_absmax[block >> kNestedShift];
+                // Both codes in one word: taking it apart here would wait for it.
+                raw.code[row][0] = *(const uint16_t*)((const uint8_t*)a.scales.absmax + block);
+                raw.plain[row][0] = a.scales.nested_absmax[block >> kNestedShift];
+                raw.pair = true;
             } else {
                 float2 both = *(const float2*)((const float*)a.scales.absmax + block);
                 raw.plain[row][0] = both.x, raw.plain[row][1] = both.y;
@@ -143,24 +153,33 @@ __global__ void __launch_bounds__(Few<kTiles>::kThreads, 1) linear_4bit_few_kern
     };
     // x and the statistics one turn ahead.
     uint4 x[kTiles][2][2], next_x[kTiles][2][2];
+    const uint16_t* x_row[kTiles];
+    bool x_inside[kTiles];
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+        x_inside[i] = 8 * i + g < a.m;
+        x_row[i] = (const uint16_t*)a.x + (8 * i + g) * a.k + 16 * t;
+    }
     auto load_x = [&](int k, uint4 v[kTiles][2][2]) {
 #pragma unroll
-        for (int i = 0; i < kTiles; ++i)
+        for (int block = 0; block < 2; ++block)
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                int at = k + 64 * (j / 2) + 16 * t + 8 * (j % 2);
-                v[i][j / 2][j % 2] = uint4{0, 0, 0, 0};
-                if (8 * i + g < a.m && at < k_size)
-                    v[i][j / 2][j % 2] =
-                        *(const uint4*)((const uint16_t*)a.x + (8 * i + g) * a.k + at);
+            for (int i = 0; i < kTiles; ++i) {
+                const uint4* p = (const uint4*)(x_row[i] + k + 64 * block);
+                bool inside = x_inside[i] && k + 64 * block < k_size;
+                v[i][block][0] = inside ? p[0] : uint4{0, 0, 0, 0};
+                v[i][block][1] = inside ? p[1] : uint4{0, 0, 0, 0};
             }
     };
-    auto load_scales = [&](int64_t tile, int k) {
-        int64_t first[2];
-        bool inside[2] = {tile < tiles && k < k_size, tile < tiles && k + 64 < k_size};
+    int64_t row_start[2]; // of rows g and g + 8 of the tile that statistics are fetched for
+    auto start_rows = [&](int64_t tile) {
 #pragma unroll
         for (int i = 0; i < 2; ++i)
-            first[i] = min64(tile * kRows + g + 8 * i, a.n - 1) * a.k + k;
+            row_start[i] = min64(tile * kRows + g + 8 * i, a.n - 1) * a.k;
+    };
+    auto load_scales = [&](int64_t tile, int k) {
+        const int64_t first[2] = {row_start[0] + k, row_start[1] + k};
+        bool inside[2] = {tile < tiles && k < k_size, tile < tiles && k + 64 < k_size};
         return fetch_scales<kNested>(a, first, inside);
     };
 
@@ -171,6 +190,7 @@ __global__ void __launch_bounds__(Few<kTiles>::kThreads, 1) linear_4bit_few_kern
     for (int i = 0; i < F::kStages - 1; ++i)
         copy();
     load_x(own_k, x);
+    start_rows(blockIdx.x);
     RawScales now = load_scales(blockIdx.x, own_k);
     float offset = kNested ? *a.scales.nested_offset : 0.0f;
     for (int i = tid; i < 256 * 8; i += F::kThreads) { // 16 bytes of a byte's 128
@@ -190,6 +210,8 @@ __global__ void __launch_bounds__(Few<kTiles>::kThreads, 1) linear_4bit_few_kern
             bool last = k + kStride >= k_size;
             int next_k = last ? own_k : k + kStride;
             load_x(next_k, next_x);
+            if (last)
+                start_rows(tile + grid);
             RawScales later = load_scales(last ? tile + grid : tile, next_k);
             copy();
             cp_async_wait<F::kStages - 1>();
@@ -222,9 +244,7 @@ __global__ void __launch_bounds__(Few<kTiles>::kThreads, 1) linear_4bit_few_kern
                 float s[2];
 #pragma unroll
                 for (int i = 0; i < 2; ++i)
-                    s[i] = kNested
-                               ? nested_sum(map[now.code[i][block]], now.plain[i][block], offset)
-                               : now.plain[i][block];
+                    s[i] = now.template value<kNested>(map, offset, i, block);
 #pragma unroll
                 for (int i = 0; i < kTiles; ++i)
 #pragma unroll
