@@ -110,13 +110,15 @@ __device__ __forceinline__ void fence_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// --- products of a warpgroup: D [64, n] (+)= A [64, 16] B [16, n], operands in shared memory
-// -------- Operands are tiles of 128-byte rows. A row of B's tile is a column of B and holds 64 of
-// the depth. A row of A's tile is a row of A in the same way or, where kAcross, one of the depth
-// that holds the 64 rows of A.
-__device__ __forceinline__ uint64_t operand_at(const void* tile) {
+// --- products of a warpgroup: D [64, 128] (+)= A [64, 16] B [16, 128], operands in shared memory
+// -- An operand of 128-byte rows. Along the depth (kAcross false) a row is one of A's or of B^T's
+// and holds 64 of the depth; across it (kAcross true) a row is one of the depth and holds 64
+// columns, the next 64 of which lie `next` bytes further.
+template <bool kAcross>
+__device__ __forceinline__ uint64_t operand_at(const void* tile, int next) {
     constexpr uint64_t kEightRows = 8 * 128;
-    return ((uint64_t)(shared_address(tile) & 0x3ffff) >> 4) | (uint64_t)1 << 16 |
+    uint64_t leading = kAcross ? (uint64_t)next >> 4 : 1;
+    return ((uint64_t)(shared_address(tile) & 0x3ffff) >> 4) | leading << 16 |
            (kEightRows >> 4) << 32 | (uint64_t)1 << 62;
 }
 __device__ __forceinline__ void product_begin() {
@@ -130,28 +132,13 @@ __device__ __forceinline__ void product_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroupsLeft) : "memory");
 }
 // Keeps the compiler from moving accumulators across the waits.
-template <int kCount>
-__device__ __forceinline__ void product_touch(float (&d)[kCount]) {
+__device__ __forceinline__ void product_touch(float (&d)[64]) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i)
+    for (int i = 0; i < 64; ++i)
         asm volatile("" : "+f"(d[i])::"memory");
 }
 
-#define PK_WGMMA_64(types, across)                                                                 \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                                      \
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." types " {"                          \
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"  \
-                 "}, %32, %33, p, 1, 1, " across ", 0;\n}"                                         \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),         \
-                   "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),       \
-                   "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]),   \
-                   "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),   \
-                   "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),   \
-                   "+f"(d[30]), "+f"(d[31])                                                        \
-                 : "l"(a), "l"(b), "r"((int)add))
-
-#define PK_WGMMA_128(types, across)                                                                \
+#define PK_WGMMA(types, across)                                                                    \
     asm volatile(                                                                                  \
         "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                                               \
         "wgmma.mma_async.sync.aligned.m64n128k16.f32." types " {"                                  \
@@ -159,7 +146,7 @@ __device__ __forceinline__ void product_touch(float (&d)[kCount]) {
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "         \
         "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "         \
         "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"           \
-        "}, %64, %65, p, 1, 1, " across ", 0;\n}"                                                  \
+        "}, %64, %65, p, 1, 1, 0, " across ";\n}"                                                  \
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),      \
           "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),  \
           "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]),            \
@@ -173,78 +160,20 @@ __device__ __forceinline__ void product_touch(float (&d)[kCount]) {
           "+f"(d[62]), "+f"(d[63])                                                                 \
         : "l"(a), "l"(b), "r"((int)add))
 
-#define PK_WGMMA_256(types, across)                                                                \
-    asm volatile(                                                                                  \
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"                                              \
-        "wgmma.mma_async.sync.aligned.m64n256k16.f32." types " {"                                  \
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                   \
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "         \
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "         \
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "         \
-        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "         \
-        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "         \
-        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, "   \
-        "%111, "                                                                                   \
-        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, "     \
-        "%126, %127"                                                                               \
-        "}, %128, %129, p, 1, 1, " across ", 0;\n}"                                                \
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),      \
-          "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),  \
-          "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]),            \
-          "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]),            \
-          "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),            \
-          "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]),            \
-          "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]),            \
-          "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]),            \
-          "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),            \
-          "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]),            \
-          "+f"(d[62]), "+f"(d[63]), "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]),            \
-          "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]), "+f"(d[72]), "+f"(d[73]),            \
-          "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79]),            \
-          "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]),            \
-          "+f"(d[86]), "+f"(d[87]), "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91]),            \
-          "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]), "+f"(d[96]), "+f"(d[97]),            \
-          "+f"(d[98]), "+f"(d[99]), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]), "+f"(d[103]),        \
-          "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), "+f"(d[107]), "+f"(d[108]), "+f"(d[109]),      \
-          "+f"(d[110]), "+f"(d[111]), "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]),      \
-          "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]), "+f"(d[120]), "+f"(d[121]),      \
-          "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])       \
-        : "l"(a), "l"(b), "r"((int)add))
-
-// D += A B, or D = A B where `add` is false; n = 2 kCount. Row 16 w + g + 8 h of D, column 8 j + 2
-// t
-// + i, is element 4 j + 2 h + i of lane 4 g + t of the warpgroup's warp w.
-template <int kDtype, bool kAcross, int kCount>
-__device__ __forceinline__ void product(float (&d)[kCount], uint64_t a, uint64_t b, bool add) {
-#define PK_WGMMA(n)                                                                                \
-    if constexpr (kDtype == kBF16 && kAcross)                                                      \
-        PK_WGMMA_##n("bf16.bf16", "1");                                                            \
-    else if constexpr (kDtype == kBF16)                                                            \
-        PK_WGMMA_##n("bf16.bf16", "0");                                                            \
-    else if constexpr (kAcross)                                                                    \
-        PK_WGMMA_##n("f16.f16", "1");                                                              \
-    else                                                                                           \
-        PK_WGMMA_##n("f16.f16", "0")
-    static_assert(kCount == 32 || kCount == 64 || kCount == 128, "64, 128 or 256 columns");
-    if constexpr (kCount == 32) {
-        PK_WGMMA(64);
-    } else if constexpr (kCount == 64) {
-        PK_WGMMA(128);
-    } else {
-        PK_WGMMA(256);
-    }
+// D += A B, or D = A B where `add` is false. Row 16 w + g + 8 h of D, column 8 j + 2 t + i, is
+// element 4 j + 2 h + i of lane 4 g + t of the warpgroup's warp w.
+template <int kDtype, bool kAcross>
+__device__ __forceinline__ void product(float (&d)[64], uint64_t a, uint64_t b, bool add) {
+    if (kDtype == kBF16 && kAcross)
+        PK_WGMMA("bf16.bf16", "1");
+    else if (kDtype == kBF16)
+        PK_WGMMA("bf16.bf16", "0");
+    else if (kAcross)
+        PK_WGMMA("f16.f16", "1");
+    else
+        PK_WGMMA("f16.f16", "0");
+}
 #undef PK_WGMMA
-}
-#undef PK_WGMMA_64
-#undef PK_WGMMA_128
-#undef PK_WGMMA_256
-
-// An 8 x 8 matrix of 16-bit elements, two neighbours of row lane / 4 in each lane, transposed.
-__device__ __forceinline__ uint32_t transpose_8x8(uint32_t pair) {
-    uint32_t r;
-    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(pair));
-    return r;
-}
 
 // Registers move from warpgroups that copy to those that multiply.
 template <int kRegisters>

@@ -1,13 +1,11 @@
 // out = x W^T, or dy W, for many rows on Hopper: weights in 4 or 8 bits are decoded inside the
 // product, dense ones are copied; a low-rank term u v^T joins the same sum as its first steps.
 //
-// The product is computed transposed, W first: a block keeps [128 outputs] x [64, 128 or 256 rows
-// of x] in the registers of two warpgroups, 64 outputs each, so that a product takes all of its
-// rows of x at once and reads shared memory least. It goes through the depth in steps of 64 with a
-// ring of stages in shared memory. For 4 and 8 bits one or two more warpgroups take turns, a step
-// each: one thread asks the copy engine for x and the stored weights of a later step, all of them
-// turn the weights of this one into the 16-bit tile (decode_tile.cuh). For dense weights one more
-// warp asks for both tiles.
+// A block keeps [64, 128 or 256 rows of x] x [128 outputs] in the registers of one or two
+// warpgroups and goes through the depth in steps of 64 with a ring of stages in shared memory. For
+// 4 and 8 bits two more warpgroups take turns, a step each: one thread asks the copy engine for x
+// and the stored weights of a later step, all of them turn the weights of this one into the 16-bit
+// tile (decode_tile.cuh). For dense weights one more warp asks for both tiles.
 //
 // Each stage has three barriers: `stored` (the weights have come), `full` (everything is there) and
 // `empty` (the products have read it). Blocks are persistent and walk the tiles in bands of rows,
@@ -27,8 +25,8 @@ enum Format : int { kDense = 0, kFourBit = 1, kInt8 = 2 };
 constexpr int kStep = 64;     // of the depth: 128 bytes of 16-bit values
 constexpr int kOutputs = 128; // of a tile
 constexpr int kWeightTile = kOutputs * kStep * 2;
-constexpr int kHalfTile = kWeightTile / 2; // the outputs of one warpgroup
-constexpr int kMultiply = 256;             // threads
+constexpr int kHalfTile = kWeightTile / 2;
+constexpr int kTurns = 2; // warpgroups that decode
 constexpr int kMaxStages = 8;
 constexpr int kSharedLimit = 227 * 1024;
 constexpr int kMultiprocessors = 132;
@@ -37,8 +35,8 @@ constexpr int kMultiprocessors = 132;
 template <int kFormat, int kRows>
 struct Plan {
     static constexpr bool kDecodes = kFormat != kDense;
-    // Warpgroups that decode. 256 rows take 128 accumulators a thread: registers for one are left.
-    static constexpr int kTurns = kRows == 256 ? 1 : 2;
+    static constexpr int kMultiply = kRows == 64 ? 128 : 256; // threads
+    static constexpr int kSubs = kRows == 256 ? 2 : 1;        // products of 64 rows of a warpgroup
     static constexpr int kThreads = kMultiply + (kDecodes ? 128 * kTurns : 32);
     static constexpr int kXTile = kRows * kStep * 2;
     static constexpr int kStoredTile = kFormat == kFourBit ? kWeightTile / 4
@@ -55,13 +53,14 @@ struct Plan {
     // one multiplied.
     static constexpr int kAhead = (kStages - 2) / kTurns;
     static_assert(kAhead >= 1, "the next step's copy is under way when this one is decoded");
-    static constexpr bool kMoveRegisters = kDecodes && kTurns == 1;
+    // 128 accumulators a thread do not fit into an equal share of the registers.
+    static constexpr bool kMoveRegisters = kDecodes && kRows == 256;
 };
 
-// Registers of a thread that multiplies or decodes, where they move: what the launch gives to 384
-// threads, 168 each.
-constexpr int kMultiplyRegisters = 200, kDecodeRegisters = 104;
-static_assert(2 * kMultiplyRegisters + kDecodeRegisters <= 3 * 168,
+// Registers of a thread that multiplies or decodes, where they move: what the launch gives to 512
+// threads, 128 each.
+constexpr int kMultiplyRegisters = 168, kDecodeRegisters = 88;
+static_assert(kMultiplyRegisters + kDecodeRegisters <= 2 * 128,
               "a warpgroup that asks for more than the others gave back waits for ever");
 
 struct Args {
@@ -69,8 +68,8 @@ struct Args {
     Scales scales; // of a 4-bit weight; kInt8: absmax is the row absmax
     int quant_type;
     int block_shift;
-    int64_t m, outputs; // of the product
-    int64_t stored_rows, stored_cols;
+    int m, outputs; // of the product
+    int stored_rows, stored_cols;
     int rank_steps; // steps of the low-rank term, before those of the depth
     int steps;      // both together
     int parts, steps_per_part;
@@ -82,7 +81,7 @@ struct Args {
 };
 
 struct Tile {
-    int64_t m, n;         // first row of x and output
+    int m, n;             // first row of x and output
     int part, begin, end; // steps
 };
 
@@ -96,8 +95,8 @@ __device__ __forceinline__ Tile tile_at(const Args& a, int index, int rows) {
     int first = i / (kBand * a.tiles_n) * kBand;
     int band = a.tiles_m - first < kBand ? a.tiles_m - first : kBand;
     i -= first * a.tiles_n;
-    t.m = (first + i % band) * (int64_t)rows;
-    t.n = i / band * (int64_t)kOutputs;
+    t.m = (first + i % band) * rows;
+    t.n = i / band * kOutputs;
     t.begin = t.part * a.steps_per_part;
     int end = t.begin + a.steps_per_part;
     t.end = end < a.steps ? end : a.steps;
@@ -158,7 +157,7 @@ __device__ __forceinline__ void copy_step(const Args& a, Barriers* barriers, uns
     uint64_t* full = &barriers->full[slot];
     barrier_wait(&barriers->empty[slot], parity ^ 1);
     bool low_rank = at.step < a.rank_steps;
-    int64_t k = (low_rank ? at.step : at.step - a.rank_steps) * (int64_t)kStep, n = at.tile.n;
+    int k = (low_rank ? at.step : at.step - a.rank_steps) * kStep, n = at.tile.n;
     bool copies_weight = low_rank || kFormat == kDense;
     barrier_arrive_expect(full, P::kXTile + (copies_weight ? kWeightTile : 0));
     copy_box(x, low_rank ? &a.u : &a.x, at.tile.m, k, full);
@@ -175,7 +174,7 @@ __device__ __forceinline__ void copy_step(const Args& a, Barriers* barriers, uns
     } else {
         uint64_t* stored = &barriers->stored[slot];
         barrier_arrive_expect(stored, P::kStoredTile);
-        int64_t row = kAcross ? k : n, col = kAcross ? n : k;
+        int row = kAcross ? k : n, col = kAcross ? n : k;
         copy_box(w + kWeightTile, &a.weight, row, kFormat == kFourBit ? col / 2 : col, stored);
     }
 }
@@ -192,6 +191,8 @@ __device__ __forceinline__ void copy_stages(const Args& a, Barriers* barriers,
 }
 
 // --- the warpgroups that decode ---------------------------------------------------------------
+constexpr int kFetched = 2; // steps whose statistics are fetched together, as many before their use
+
 // A statistic as it is stored, on its way.
 struct RawScale {
     float plain; // or the nested absmax
@@ -222,11 +223,12 @@ __device__ __forceinline__ void decode_stages(const Args& a, Barriers* barriers,
 
     auto fetch = [&](const Steps& at) {
         RawScale raw = {0.0f, 0};
-        int64_t k = (at.step - a.rank_steps) * (int64_t)kStep;
-        int64_t r = kAcross ? k + row : at.tile.n + row;
-        int64_t c = kAcross ? at.tile.n + t / 64 * 64 : k;
+        int k = (at.step - a.rank_steps) * kStep;
+        int r = kAcross ? k + row : at.tile.n + row;
+        int c = kAcross ? at.tile.n + t / 64 * 64 : k;
         if (at.left() && k >= 0 && r < a.stored_rows && c < a.stored_cols) {
-            int64_t block = kFormat == kInt8 ? r : (r * a.stored_cols + c) >> a.block_shift;
+            int64_t block =
+                kFormat == kInt8 ? r : (r * (int64_t)a.stored_cols + c) >> a.block_shift;
             if (kNested) {
                 raw.code = ((const uint8_t*)a.scales.absmax)[block];
                 raw.plain = a.scales.nested_absmax[block >> kNestedShift];
@@ -237,11 +239,13 @@ __device__ __forceinline__ void decode_stages(const Args& a, Barriers* barriers,
         return raw;
     };
 
-    Steps at(a, kRows), copied(a, kRows);
+    // Where this warpgroup decodes, where it copies, and where it fetches statistics.
+    Steps at(a, kRows), copied(a, kRows), fetched(a, kRows);
     Ring<P::kStages> ring, copy_ring;
     if (at.left() && turn == 1) {
         at.advance(a, kRows, 1);
         copied.advance(a, kRows, 1);
+        fetched.advance(a, kRows, 1);
         ring.advance();
         copy_ring.advance();
     }
@@ -250,8 +254,8 @@ __device__ __forceinline__ void decode_stages(const Args& a, Barriers* barriers,
             return;
         copy_step<P, kFormat, kAcross>(a, barriers, stages, copied, copy_ring.slot,
                                        copy_ring.parity);
-        copied.advance(a, kRows, P::kTurns);
-        copy_ring.advance(P::kTurns);
+        copied.advance(a, kRows, kTurns);
+        copy_ring.advance(kTurns);
     };
     StoredRun<kFormat == kFourBit> run;
     auto load = [&]() {
@@ -261,35 +265,52 @@ __device__ __forceinline__ void decode_stages(const Args& a, Barriers* barriers,
         if (at.step >= a.rank_steps) // else the copy engine brings v
             run.load(source + ring.slot * P::kStage, first_chunk, exchange);
     };
+    auto fetch_next = [&]() {
+        RawScale raw = fetch(fetched);
+        if (fetched.left())
+            fetched.advance(a, kRows, kTurns);
+        return raw;
+    };
     if (t == 0)
         for (int i = 0; i < P::kAhead; ++i)
             copy_next();
     __syncwarp();
-    RawScale now = fetch(at);
+    RawScale now[kFetched], later[kFetched];
+#pragma unroll
+    for (int i = 0; i < kFetched; ++i)
+        now[i] = fetch_next();
     load();
     while (at.left()) {
-        Steps ahead = at;
-        ahead.advance(a, kRows, P::kTurns);
-        RawScale later = fetch(ahead);
-        int slot = ring.slot;
-        bool decodes = at.step >= a.rank_steps;
-        if (decodes) {
-            float scale = kNested ? nested_sum(map[now.code], now.plain, offset) : now.plain;
-            run.template decode<kDtype>(codes, scale, target + slot * P::kStage, t & 7);
+#pragma unroll
+        for (int i = 0; i < kFetched; ++i)
+            later[i] = fetch_next();
+#pragma unroll
+        for (int i = 0; i < kFetched; ++i) {
+            if (!at.left())
+                break;
+            int slot = ring.slot;
+            bool decodes = at.step >= a.rank_steps;
+            if (decodes) {
+                float scale =
+                    kNested ? nested_sum(map[now[i].code], now[i].plain, offset) : now[i].plain;
+                run.template decode<kDtype>(codes, scale, target + slot * P::kStage, t & 7);
+            }
+            // While the stores are on their way: the next copy, and the next run.
+            if (t == 0)
+                copy_next();
+            __syncwarp();
+            ring.advance(kTurns);
+            at.advance(a, kRows, kTurns);
+            load();
+            if (decodes)
+                fence_async();
+            __syncwarp();
+            if (t % 32 == 0)
+                barrier_arrive(&barriers->full[slot]);
         }
-        // While the stores are on their way: the next copy, and the next run.
-        if (t == 0)
-            copy_next();
-        __syncwarp();
-        ring.advance(P::kTurns);
-        at = ahead;
-        now = later;
-        load();
-        if (decodes)
-            fence_async();
-        __syncwarp();
-        if (t % 32 == 0)
-            barrier_arrive(&barriers->full[slot]);
+#pragma unroll
+        for (int i = 0; i < kFetched; ++i)
+            now[i] = later[i];
     }
 }
 
@@ -320,73 +341,102 @@ __device__ __forceinline__ void gather_octets(uint32_t pairs[4], int t) {
     }
 }
 
-// Writes what one warp holds: outputs n .. n + 15 of all rows of the tile.
-template <int kDtype, int kCount>
-__device__ __forceinline__ void write_tile(const Args& a, const Tile& tile, int64_t n,
-                                           float (&acc)[kCount], int lane) {
+// Writes 16 rows, from `first` on, x 128 outputs of one warp: row first + g + 8 h, output 8 j + 2 t
+// + i is element 4 j + 2 h + i.
+template <int kDtype>
+__device__ __forceinline__ void write_rows(const Args& a, const Tile& tile, int first,
+                                           float (&acc)[64], int lane) {
     int g = lane / 4, t = lane % 4;
-    // Element i is output n + g + 8 (i / 2 % 2) of row 8 (i / 4) + 2 t + i % 2.
-    if (a.workspace != nullptr || a.accumulate) {
+    int left = a.outputs - tile.n; // outputs that there are
+    if (a.workspace != nullptr) {
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-            int64_t m = tile.m + 8 * (i / 4) + 2 * t + i % 2, o = n + g + 8 * (i / 2 % 2);
-            if (m >= a.m || o >= a.outputs)
+        for (int h = 0; h < 2; ++h) {
+            int m = first + g + 8 * h;
+            if (m >= a.m)
                 continue;
-            if (a.workspace != nullptr)
-                a.workspace[(tile.part * a.m + m) * a.outputs + o] = acc[i];
-            else
-                acc[i] += load_as_float(a.out, kDtype, m * a.outputs + o);
+            float* p = a.workspace + (tile.part * (int64_t)a.m + m) * a.outputs + tile.n + 2 * t;
+#pragma unroll
+            for (int j = 0; j < 16; ++j)
+                if (8 * j < left)
+                    *(float2*)(p + 8 * j) = float2{acc[4 * j + 2 * h], acc[4 * j + 2 * h + 1]};
         }
-        if (a.workspace != nullptr)
-            return;
+        return;
+    }
+    if (a.accumulate) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            int m = first + g + 8 * h;
+            if (m >= a.m)
+                continue;
+            const uint16_t* p = (const uint16_t*)a.out + m * (int64_t)a.outputs + tile.n + 2 * t;
+#pragma unroll
+            for (int j = 0; j < 16; ++j)
+                if (8 * j < left) {
+                    acc[4 * j + 2 * h] += load_as_float(p, kDtype, 8 * j);
+                    acc[4 * j + 2 * h + 1] += load_as_float(p, kDtype, 8 * j + 1);
+                }
+        }
         __syncwarp(); // other lanes write what this one has read
     }
     if (a.bias != nullptr) {
-        float bias[2];
+        const uint16_t* p = (const uint16_t*)a.bias + tile.n + 2 * t;
 #pragma unroll
-        for (int h = 0; h < 2; ++h)
-            bias[h] =
-                n + g + 8 * h < a.outputs ? load_as_float(a.bias, kDtype, n + g + 8 * h) : 0.0f;
-#pragma unroll
-        for (int i = 0; i < kCount; ++i)
-            acc[i] += bias[i / 2 % 2];
+        for (int j = 0; j < 16; ++j)
+            if (8 * j < left) {
+                float low = load_as_float(p, kDtype, 8 * j);
+                float high = load_as_float(p, kDtype, 8 * j + 1);
+                acc[4 * j] += low, acc[4 * j + 2] += low;
+                acc[4 * j + 1] += high, acc[4 * j + 3] += high;
+            }
     }
-    // 16 rows at a time: transposed, a lane has neighbouring outputs of a row, then 8 of them.
 #pragma unroll
-    for (int j = 0; j < kCount / 8; ++j) {
-        uint32_t octets[4]; // outputs 0..7 and 8..15 of row g, the same of row 8 + g
+    for (int h = 0; h < 2; ++h) {
+        int m = first + g + 8 * h;
+        uint16_t* p = (uint16_t*)a.out + m * (int64_t)a.outputs + tile.n + 8 * t;
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-            octets[i] = transpose_8x8(pack2<kDtype>(acc[8 * j + 2 * i], acc[8 * j + 2 * i + 1]));
-        gather_octets(octets, t);
-        int64_t m = tile.m + 16 * j + 8 * (t / 2) + g, o = n + 8 * (t % 2);
-        if (m < a.m && o < a.outputs)
-            *(uint4*)((uint16_t*)a.out + m * a.outputs + o) =
-                uint4{octets[0], octets[1], octets[2], octets[3]};
+        for (int j = 0; j < 4; ++j) {
+            uint32_t octet[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                octet[i] =
+                    pack2<kDtype>(acc[16 * j + 4 * i + 2 * h], acc[16 * j + 4 * i + 2 * h + 1]);
+            gather_octets(octet, t);
+            if (m < a.m && 32 * j + 8 * t < left)
+                *(uint4*)(p + 32 * j) = uint4{octet[0], octet[1], octet[2], octet[3]};
+        }
     }
 }
 
 template <class P, int kRows, bool kAcross, int kDtype>
 __device__ __forceinline__ void multiply_stages(const Args& a, Barriers* barriers,
                                                 const unsigned char* stages, int tid) {
+    constexpr int kSubs = P::kSubs;
     int group = tid / 128, warp = tid / 32 % 4, lane = tid % 32;
     Ring<P::kStages> ring;
     int tiles = a.tiles_m * a.tiles_n * a.parts;
     for (int index = (int)blockIdx.x; index < tiles; index += (int)gridDim.x) {
         Tile tile = tile_at(a, index, kRows);
-        float acc[kRows / 2];
+        float acc[kSubs][64];
         uint64_t* read = nullptr; // by the products under way before these
         auto one_step = [&](auto type, bool first) {
             constexpr int kType = decltype(type)::value;
             barrier_wait(&barriers->full[ring.slot], ring.parity);
             const unsigned char* x = stages + ring.slot * P::kStage;
-            const unsigned char* w = x + P::kXTile + group * kHalfTile;
-            product_touch(acc);
+            const unsigned char* w = x + P::kXTile;
+#pragma unroll
+            for (int s = 0; s < kSubs; ++s)
+                product_touch(acc[s]);
             product_begin();
 #pragma unroll
-            for (int k = 0; k < kStep / 16; ++k)
-                product<kType, kAcross>(acc, operand_at(w + (kAcross ? 16 * 128 : 32) * k),
-                                        operand_at(x + 32 * k), !first || k > 0);
+            for (int k = 0; k < kStep / 16; ++k) {
+                auto right =
+                    operand_at<kAcross>(w + (kAcross ? 16 * 128 : 32) * k, kWeightTile / 2);
+#pragma unroll
+                for (int s = 0; s < kSubs; ++s)
+                    product<kType, kAcross>(
+                        acc[s], operand_at<false>(x + (kSubs * group + s) * 64 * 128 + 32 * k, 0),
+                        right, !first || k > 0);
+            }
             product_commit();
             product_wait<1>();
             __syncwarp();
@@ -402,11 +452,16 @@ __device__ __forceinline__ void multiply_stages(const Args& a, Barriers* barrier
         for (; step < tile.end; ++step)
             one_step(Type<kDtype>{}, step == tile.begin);
         product_wait<0>();
-        product_touch(acc);
+#pragma unroll
+        for (int s = 0; s < kSubs; ++s)
+            product_touch(acc[s]);
         __syncwarp();
         if (lane == 0)
             barrier_arrive(read);
-        write_tile<kDtype>(a, tile, tile.n + 64 * group + 16 * warp, acc, lane);
+#pragma unroll
+        for (int s = 0; s < kSubs; ++s)
+            write_rows<kDtype>(a, tile, tile.m + (kSubs * group + s) * 64 + 16 * warp, acc[s],
+                               lane);
     }
 }
 
@@ -425,7 +480,7 @@ __global__ void __launch_bounds__(Plan<kFormat, kRows>::kThreads, 1)
     if (tid == 0) {
         for (int i = 0; i < P::kStages; ++i) {
             barrier_init(&barriers->full[i], 1 + (P::kDecodes ? 4 : 0)); // decoding warps
-            barrier_init(&barriers->empty[i], kMultiply / 32);
+            barrier_init(&barriers->empty[i], P::kMultiply / 32);
             barrier_init(&barriers->stored[i], 1);
         }
         barrier_init_done();
@@ -434,7 +489,7 @@ __global__ void __launch_bounds__(Plan<kFormat, kRows>::kThreads, 1)
         load_dynamic_map(map);
     __syncthreads();
 
-    if (tid < kMultiply) {
+    if (tid < P::kMultiply) {
         if constexpr (P::kMoveRegisters)
             more_registers<kMultiplyRegisters>();
         multiply_stages<P, kRows, kAcross, kDtype>(a, barriers, stages, tid);
@@ -442,8 +497,8 @@ __global__ void __launch_bounds__(Plan<kFormat, kRows>::kThreads, 1)
         if constexpr (P::kMoveRegisters)
             fewer_registers<kDecodeRegisters>();
         decode_stages<P, kFormat, kRows, kAcross, kDtype, kNested>(
-            a, barriers, stages, map, (tid - kMultiply) / 128, tid % 128);
-    } else if (tid == kMultiply) {
+            a, barriers, stages, map, (tid - P::kMultiply) / 128, tid % 128);
+    } else if (tid == P::kMultiply) {
         copy_stages<P, kRows, kAcross>(a, barriers, stages);
     }
 #endif
@@ -486,9 +541,9 @@ struct Cut {
     int parts;
 };
 
-// The cheapest cut by a model in clocks: a step of a tile takes what shared memory needs (its bytes
-// at 128 a clock, which is more than the products do), a tile another 1500 to fill the ring and to
-// write, and a part writes and reads 4 bytes for each output at 20 bytes a clock and
+// The cheapest cut by a model in clocks: a step of a tile takes what its products need (5 clocks a
+// row, as measured) or its decoding does, a tile another 2500 to fill the ring and to write, and
+// parts a second launch and 4 bytes written and read for each output at 20 bytes a clock and
 // multiprocessor.
 Cut cut_of(int64_t m, int64_t outputs, int64_t depth, int format) {
     Cut best = {64, 1};
@@ -498,12 +553,13 @@ Cut cut_of(int64_t m, int64_t outputs, int64_t depth, int format) {
         if (rows > 64 && m <= rows / 2)
             break;
         int64_t tiles = ceil_div(m, rows) * columns;
-        double clocks = 3.0 * rows + (format == kDense ? 256.0 : 320.0);
+        double clocks = 5.0 * rows, decode = format == kDense ? 400.0 : 600.0;
+        clocks = clocks < decode ? decode : clocks;
         for (int parts = 1; parts <= 16 && steps / parts >= 4; parts *= 2) {
             double waves = (double)ceil_div(tiles * parts, kMultiprocessors);
-            double cost = waves * ((double)ceil_div(steps, parts) * clocks + 1500.0);
+            double cost = waves * ((double)ceil_div(steps, parts) * clocks + 2500.0);
             if (parts > 1)
-                cost += 1500.0 + (double)(m * outputs * 8 * parts) / (20.0 * kMultiprocessors);
+                cost += 4000.0 + (double)(m * outputs * 8 * parts) / (20.0 * kMultiprocessors);
             if (cost < least) {
                 least = cost;
                 best = {rows, parts};
@@ -563,10 +619,10 @@ int pk_cuda_linear_wgmma(const void* x, int dtype, int64_t m, int64_t stored_row
                          int accumulate, void* out, void* stream) {
     int64_t outputs = across ? stored_cols : stored_rows,
             depth = across ? stored_rows : stored_cols;
+    constexpr int64_t kMost = ((int64_t)1 << 31) - 512; // tiles may reach over the end
     bool fits = (dtype == pk::kBF16 || dtype == pk::kF16) && m >= 1 && outputs >= 1 && depth >= 1 &&
                 outputs % 8 == 0 && depth % 8 == 0 && rank % 8 == 0 && (uintptr_t)out % 16 == 0 &&
-                m < ((int64_t)1 << 31) && outputs < ((int64_t)1 << 31) &&
-                depth < ((int64_t)1 << 31);
+                m < kMost && outputs < kMost && depth < kMost;
     if (format == pk::kFourBit)
         fits = fits && stored_cols % 64 == 0 && block_shift >= 6;
     if (format == pk::kInt8)
@@ -596,8 +652,8 @@ int pk_cuda_linear_wgmma(const void* x, int dtype, int64_t m, int64_t stored_row
     a.scales = {absmax, nested_absmax, nested_offset};
     a.quant_type = quant_type;
     a.block_shift = block_shift;
-    a.m = m, a.outputs = outputs;
-    a.stored_rows = stored_rows, a.stored_cols = stored_cols;
+    a.m = (int)m, a.outputs = (int)outputs;
+    a.stored_rows = (int)stored_rows, a.stored_cols = (int)stored_cols;
     a.rank_steps = (int)pk::ceil_div(rank, pk::kStep);
     a.steps = a.rank_steps + (int)pk::ceil_div(depth, pk::kStep);
     a.steps_per_part = (int)pk::ceil_div(a.steps, parts);

@@ -70,7 +70,6 @@ struct ShrinkArgs {
     float u_scale;
     int64_t outputs;
     int columns;
-    unsigned shrink_blocks; // the blocks behind them make v
 };
 
 __device__ __forceinline__ uint16_t part_of(float v, bool low) {
@@ -91,18 +90,32 @@ struct Column {
     }
 };
 
-__device__ __forceinline__ void make_v(const ShrinkArgs& a, int64_t first, int64_t step) {
-    for (int64_t i = first; i < a.outputs * a.columns; i += step) {
-        int c = (int)(a.across ? i / a.outputs : i % a.columns);
-        int64_t o = a.across ? i % a.outputs : i / a.columns;
-        Column column(c, a, false);
-        uint16_t value = 0;
-        if (column.used)
-            value = part_of(
-                load_as_float(a.up, a.up_dtype,
-                              a.across ? column.rank * a.outputs + o : o * a.rank + column.rank),
-                column.low);
-        a.v[i] = value;
+// Threads `thread`, `thread` + `step` .. make v, each an output's column (across: a piece of a
+// row).
+__device__ __forceinline__ void make_v(const ShrinkArgs& a, unsigned thread, unsigned step) {
+    unsigned outputs = (unsigned)a.outputs, columns = (unsigned)a.columns;
+    if (a.across) { // eight outputs of one column at a time
+        unsigned pieces = outputs / 8;
+        for (unsigned i = thread; i < pieces * columns; i += step) {
+            unsigned c = i / pieces, o = i % pieces * 8;
+            Column column((int)c, a, false);
+            uint32_t w[4] = {};
+            if (column.used)
+                for (int j = 0; j < 8; ++j) {
+                    float v = load_as_float(a.up, a.up_dtype, column.rank * a.outputs + o + j);
+                    w[j / 2] |= (uint32_t)part_of(v, column.low) << 16 * (j % 2);
+                }
+            *(uint4*)(a.v + (int64_t)c * outputs + o) = uint4{w[0], w[1], w[2], w[3]};
+        }
+        return;
+    }
+    for (unsigned i = thread; i < outputs * columns; i += step) {
+        unsigned o = i / columns;
+        Column column((int)(i % columns), a, false);
+        a.v[i] = column.used
+                     ? part_of(load_as_float(a.up, a.up_dtype, (int64_t)o * a.rank + column.rank),
+                               column.low)
+                     : (uint16_t)0;
     }
 }
 
@@ -154,14 +167,6 @@ __global__ void __launch_bounds__(kThreads, 1) shrink_kernel(ShrinkArgs a) {
     constexpr int kStep = 32 * kHalves;
     PK_SHARED(float, partial, kWarps * kRows * kRanks);
     int tid = (int)threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
-    if (blockIdx.x >= a.shrink_blocks) {
-        unsigned block = blockIdx.x - a.shrink_blocks;
-        if (blockIdx.y > 0)
-            return; // more ranks change nothing for v
-        make_v(a, block * (int64_t)kThreads + tid,
-               (gridDim.x - a.shrink_blocks) * (int64_t)kThreads);
-        return;
-    }
     int64_t first_m = blockIdx.x * (int64_t)kRows;
     int first_r = (int)blockIdx.y * kRanks;
     uint64_t key = kDropout ? (uint64_t)*a.dropout.seed : 0;
@@ -193,6 +198,8 @@ __global__ void __launch_bounds__(kThreads, 1) shrink_kernel(ShrinkArgs a) {
     Turn now, next;
     int64_t k = warp * kStep;
     load(k, now);
+    if (a.v != nullptr && blockIdx.y == 0) // while the first of x is on its way
+        make_v(a, blockIdx.x * kThreads + tid, gridDim.x * kThreads);
     for (; k < a.depth; k += kWarps * kStep) {
         load(k + kWarps * kStep, next);
         if constexpr (kDropout) {
@@ -320,14 +327,20 @@ __global__ void __launch_bounds__(32 * kOuterWarps<kTiles>, 1) outer_kernel(Oute
         }
     };
     Unit now[kAhead], next[kAhead];
-    int64_t m = warp * kUnit * kAhead;
+    // Blocks begin at different turns, or all of them would ask for the same rows of s at once.
+    int turns = (int)ceil_div(a.m, kTurn),
+        turn = (int)(blockIdx.x * 5 % (unsigned)(turns + !turns));
+    int64_t m = (int64_t)turn * kTurn + warp * kUnit * kAhead;
 #pragma unroll
     for (int i = 0; i < kAhead; ++i)
         load(m + i * kUnit, now[i]);
-    for (; m < a.m; m += kTurn) {
+    for (int done = 0; done < turns; ++done) {
+        turn = turn + 1 == turns ? 0 : turn + 1;
+        int64_t next_m = (int64_t)turn * kTurn + warp * kUnit * kAhead;
+        if (done + 1 < turns)
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i)
-            load(m + kTurn + i * kUnit, next[i]);
+            for (int i = 0; i < kAhead; ++i)
+                load(next_m + i * kUnit, next[i]);
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
             Unit& unit = now[i];
@@ -381,6 +394,7 @@ __global__ void __launch_bounds__(32 * kOuterWarps<kTiles>, 1) outer_kernel(Oute
 #pragma unroll
         for (int i = 0; i < kAhead; ++i)
             now[i] = next[i];
+        m = next_m;
     }
 
 #pragma unroll
@@ -410,24 +424,22 @@ __global__ void __launch_bounds__(32 * kOuterWarps<kTiles>, 1) outer_kernel(Oute
 }
 
 template <int kDtype, int kParts, bool kTransposed, bool kDropout>
-int shrink(const ShrinkArgs& a, unsigned v_blocks, void* stream) {
+int shrink(const ShrinkArgs& a, void* stream) {
     // Few rows are spread over more blocks; the order of the sums is the same.
     bool wide = a.rank > 16, two = !wide && !kDropout && a.m > 2048;
-    ShrinkArgs p = a;
-    p.shrink_blocks = (unsigned)ceil_div(a.m, two ? 32 : 16);
-    dim3 grid(p.shrink_blocks + v_blocks, (unsigned)ceil_div(a.rank, wide ? 32 : 16));
+    dim3 grid((unsigned)ceil_div(a.m, two ? 32 : 16), (unsigned)ceil_div(a.rank, wide ? 32 : 16));
     auto kernel = wide  ? shrink_kernel<kDtype, kParts, kTransposed, kDropout, 4, 1>
                   : two ? shrink_kernel<kDtype, kParts, kTransposed, false, 2, 2>
                         : shrink_kernel<kDtype, kParts, kTransposed, kDropout, 2, 1>;
-    return launch("shrink", kernel, grid, kThreads, 0, stream, p);
+    return launch("shrink", kernel, grid, kThreads, 0, stream, a);
 }
 
 template <int kDtype, int kParts>
-int shrink(const ShrinkArgs& a, bool transposed, unsigned v_blocks, void* stream) {
+int shrink(const ShrinkArgs& a, bool transposed, void* stream) {
     if (a.dropout.seed != nullptr) // over x, whose adapter is not transposed
-        return transposed ? kBadArgument : shrink<kDtype, kParts, false, true>(a, v_blocks, stream);
-    return transposed ? shrink<kDtype, kParts, true, false>(a, v_blocks, stream)
-                      : shrink<kDtype, kParts, false, false>(a, v_blocks, stream);
+        return transposed ? kBadArgument : shrink<kDtype, kParts, false, true>(a, stream);
+    return transposed ? shrink<kDtype, kParts, true, false>(a, stream)
+                      : shrink<kDtype, kParts, false, false>(a, stream);
 }
 
 template <int kDtype, int kParts, bool kDropout>
@@ -467,7 +479,8 @@ int pk_cuda_shrink(const void* x, int dtype, int64_t m, int64_t depth, const voi
                 (a_dtype == dtype || (a_dtype == pk::kF32 && dtype == pk::kBF16));
     if (fits && m == 0)
         return pk::kOk;
-    if (!fits || (u == nullptr) != (v == nullptr))
+    if (!fits || (u == nullptr) != (v == nullptr) || (across && outputs % 8 != 0) ||
+        outputs * columns >= ((int64_t)1 << 31))
         return pk::kBadArgument;
     pk::ShrinkArgs p = {};
     p.x = x, p.a = a;
@@ -476,12 +489,10 @@ int pk_cuda_shrink(const void* x, int dtype, int64_t m, int64_t depth, const voi
     p.s = s, p.s_stride = s_stride, p.u = (uint16_t*)u, p.v = (uint16_t*)v;
     p.up = up, p.up_dtype = up_dtype, p.across = across != 0, p.whole = up_dtype == pk::kBF16;
     p.u_scale = u_scale, p.outputs = outputs, p.columns = columns;
-    unsigned v_blocks =
-        v == nullptr ? 0 : (unsigned)pk::min64(pk::ceil_div(outputs * columns, 2048), 66);
     if (dtype == pk::kF16)
-        return pk::shrink<pk::kF16, 1>(p, transposed != 0, v_blocks, stream);
-    return a_dtype == pk::kF32 ? pk::shrink<pk::kBF16, 3>(p, transposed != 0, v_blocks, stream)
-                               : pk::shrink<pk::kBF16, 1>(p, transposed != 0, v_blocks, stream);
+        return pk::shrink<pk::kF16, 1>(p, transposed != 0, stream);
+    return a_dtype == pk::kF32 ? pk::shrink<pk::kBF16, 3>(p, transposed != 0, stream)
+                               : pk::shrink<pk::kBF16, 1>(p, transposed != 0, stream);
 }
 
 // out = scale * s^T dropout(x), [rank, C] or transposed [C, rank], for x [M, C] bf16 or fp16 (there

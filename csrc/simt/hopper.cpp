@@ -28,8 +28,7 @@ struct Copy {
 
 struct Product {
     float* d;
-    int columns;
-    size_t a, b;
+    Operand a, b;
     bool add, half, across;
 };
 
@@ -97,11 +96,26 @@ void land(const Copy& c) {
     end_phase_if_complete(*c.barrier);
 }
 
+// The bytes of an operand that the running lane's warp reads, row by row of 16 elements (32 bytes)
+// along the depth, or of all columns across it.
+template <class F>
+void rows_of(const Operand& o, bool across, int first, int count, F&& f) {
+    if (!across) {
+        for (int r = first; r < first + count; ++r)
+            for (int chunk = 0; chunk < 2; ++chunk)
+                f(o.start + (size_t)(r * kTileRow + 16 * chunk));
+        return;
+    }
+    for (int k = 0; k < 16; ++k)
+        for (int chunk = 0; chunk < count / 8; ++chunk)
+            f(o.start + (size_t)(k * kTileRow + chunk / 8 * o.next + chunk % 8 * 16));
+}
+
 const char* exchanged_address(size_t offset) { return shared_base() + exchanged(offset, kTileRow); }
 
-// Element k of a row of a tile along the depth, or (across) element `row` of the depth's row k.
-float element(size_t start, bool across, bool half, int row, int k) {
-    size_t offset = start + (size_t)(across ? k * kTileRow + 2 * row : row * kTileRow + 2 * k);
+float element(const Operand& o, bool across, bool half, int row, int k) {
+    size_t offset = across ? o.start + (size_t)(k * kTileRow + row / 64 * o.next + row % 64 * 2)
+                           : o.start + (size_t)(row * kTileRow + 2 * k);
     uint16_t h;
     memcpy(&h, exchanged_address(offset), 2);
     return half ? pk::f16_to_float(h) : pk::bf16_to_float(h);
@@ -110,12 +124,15 @@ float element(size_t start, bool across, bool half, int row, int k) {
 // The running thread's share of D.
 void compute(const Product& p) {
     int lane = running_thread() % kWarp, warp = running_thread() / kWarp % 4;
-    for (int i = 0; i < p.columns / 2; ++i) {
+    float b[16];
+    for (int i = 0; i < 64; ++i) {
         int row = 16 * warp + lane / 4 + 8 * (i / 2 % 2);
         int column = 8 * (i / 4) + 2 * (lane % 4) + i % 2;
         float sum = p.add ? p.d[i] : 0.0f;
-        for (int k = 0; k < 16; ++k)
-            sum += element(p.a, p.across, p.half, row, k) * element(p.b, false, p.half, column, k);
+        for (int k = 0; k < 16; ++k) {
+            b[k] = element(p.b, p.across, p.half, column, k);
+            sum += element(p.a, false, p.half, row, k) * b[k];
+        }
         p.d[i] = sum;
     }
 }
@@ -123,15 +140,11 @@ void compute(const Product& p) {
 // One lane of each warp answers for its warp: 16 rows of A and all of B.
 bool answers() { return running_thread() % kWarp == 0; }
 
-// Calls f with the 16-byte chunks that a warp reads.
 template <class F>
-void each_chunk(const Product& p, F&& f) {
+void each_byte_range(const Product& p, F&& f) {
     int warp = running_thread() / kWarp % 4;
-    for (int i = 0; i < 32; ++i) // A: 16 rows of 32 bytes, in whichever direction
-        f(p.across ? p.a + (size_t)(i / 2 * kTileRow + 32 * warp + i % 2 * 16)
-                   : p.a + (size_t)((16 * warp + i / 2) * kTileRow + i % 2 * 16));
-    for (int i = 0; i < 2 * p.columns; ++i)
-        f(p.b + (size_t)(i / 2 * kTileRow + i % 2 * 16));
+    rows_of(p.a, false, 16 * warp, 16, f);
+    rows_of(p.b, p.across, 0, 128, f);
 }
 
 } // namespace
@@ -208,11 +221,11 @@ void async_fence() {
     fence_times[(size_t)running_thread()] = now();
 }
 
-void product_issue(float* d, int columns, size_t a, size_t b, bool add, bool half, bool across) {
-    Product p = {d, columns, a, b, add, half, across};
+void product_issue(float* d, const Operand& a, const Operand& b, bool add, bool half, bool across) {
+    Product p = {d, a, b, add, half, across};
     if (answers())
-        each_chunk(p,
-                   [](size_t offset) { hold_bytes(exchanged_address(offset), 16, fence_times); });
+        each_byte_range(
+            p, [](size_t offset) { hold_bytes(exchanged_address(offset), 16, fence_times); });
     products[(size_t)running_thread()].open.push_back(p);
 }
 
@@ -228,7 +241,8 @@ void product_await(int groups_left) {
         for (const Product& p : own.groups.front()) {
             compute(p);
             if (answers())
-                each_chunk(p, [](size_t offset) { release_bytes(exchanged_address(offset), 16); });
+                each_byte_range(
+                    p, [](size_t offset) { release_bytes(exchanged_address(offset), 16); });
         }
         own.groups.erase(own.groups.begin());
     }

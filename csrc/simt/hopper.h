@@ -33,8 +33,9 @@ inline void copy_box(void* shared, const TensorMap* map, int64_t row, int64_t co
 inline void prefetch_map(const TensorMap*) {}
 inline void fence_async() { simt::async_fence(); }
 
-inline size_t operand_at(const void* tile) {
-    return (size_t)((const char*)tile - simt::shared_base());
+template <bool kAcross>
+simt::Operand operand_at(const void* tile, int next) {
+    return {(size_t)((const char*)tile - simt::shared_base()), next};
 }
 inline void product_begin() {}
 inline void product_commit() { simt::product_close_group(); }
@@ -42,35 +43,11 @@ template <int kGroupsLeft>
 void product_wait() {
     simt::product_await(kGroupsLeft);
 }
-template <int kCount>
-void product_touch(float (&)[kCount]) {}
-template <int kDtype, bool kAcross, int kCount>
-void product(float (&d)[kCount], size_t a, size_t b, bool add) {
-    simt::product_issue(d, 2 * kCount, a, b, add, kDtype == kF16, kAcross);
+inline void product_touch(float (&)[64]) {}
+template <int kDtype, bool kAcross>
+void product(float (&d)[64], const simt::Operand& a, const simt::Operand& b, bool add) {
+    simt::product_issue(d, a, b, add, kDtype == kF16, kAcross);
 }
-
-// Lane l holds elements 2 (l % 4) and the next of row l / 4; afterwards, of column l / 4.
-struct Transpose {
-    uint32_t own, result;
-};
-inline void apply_transpose(void* payloads[simt::kWarp]) {
-    for (int lane = 0; lane < simt::kWarp; ++lane) {
-        uint32_t r = 0;
-        for (int i = 0; i < 2; ++i) {
-            int row = 2 * (lane % 4) + i, column = lane / 4;
-            uint32_t pair = ((Transpose*)payloads[4 * row + column / 2])->own;
-            r |= (pair >> 16 * (column % 2) & 0xffffu) << 16 * i;
-        }
-        ((Transpose*)payloads[lane])->result = r;
-    }
-}
-inline uint32_t transpose_8x8(uint32_t pair, const char* file = __builtin_FILE(),
-                              int line = __builtin_LINE()) {
-    Transpose t = {pair, 0};
-    simt::collective("movmatrix", apply_transpose, &t, 0xffffffffu, {file, line});
-    return t.result;
-}
-
 template <int kRegisters>
 void more_registers() {}
 template <int kRegisters>

@@ -18,13 +18,17 @@ struct TensorBox {
     int box_rows, box_bytes;
 };
 
+struct Operand {
+    size_t start; // byte in shared memory, before chunks are exchanged
+    int next;     // across the depth: from 64 columns to the next
+};
+
 void tx_init(uint64_t* barrier, int count);
 void tx_arrive(uint64_t* barrier, int bytes);
 void tx_wait(uint64_t* barrier, uint32_t parity, Site site);
 void tensor_copy(void* shared, const TensorBox* map, int64_t row, int64_t col, uint64_t* barrier);
 void async_fence();
-// D [64, columns]; a and b are bytes in shared memory, before chunks are exchanged.
-void product_issue(float* d, int columns, size_t a, size_t b, bool add, bool half, bool across);
+void product_issue(float* d, const Operand& a, const Operand& b, bool add, bool half, bool across);
 void product_close_group();
 void product_await(int groups_left);
 
