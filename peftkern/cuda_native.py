@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterable, Iterator
+import struct
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,8 +23,8 @@ from peftkern.cuda_kernels.choices import Device
 from peftkern.registry import register_backend
 
 _FILE = Path(__file__).with_name("_cuda.so")
-_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "n": ctypes.c_int64, "f": ctypes.c_float}
-_TYPES["u"] = ctypes.c_uint32
+# Each argument of a launcher has a slot of 8 bytes: csrc/cuda/launcher.cuh.
+_SLOTS = {"p": "Q", "i": "q", "n": "q", "u": "Q", "f": "f4x"}
 _INSUFFICIENT_DRIVER = 1035
 
 # Arguments of each launcher: p pointer, i int, n int64, u uint32, f float; the last is the stream.
@@ -80,19 +81,37 @@ class Library(Protocol):
         """What the choice of a kernel needs to know of ``device``."""
 
 
-def declare(library: ctypes.CDLL) -> None:
-    """Give the launchers of a loaded library their argument types."""
+class Slots:
+    """Packs the arguments of a launcher, tensors as addresses and None as 0, one slot each.
+
+    Args:
+        letters: the kinds of all arguments, the stream last.
+    """
+
+    def __init__(self, letters: str) -> None:
+        self._pack = struct.Struct("<" + "".join(_SLOTS[letter] for letter in letters)).pack
+        self._pointers = [i for i, letter in enumerate(letters[:-1]) if letter == "p"]
+
+    def __call__(self, args: tuple[Any, ...], stream: int) -> bytes:
+        values = [*args, stream]
+        for i in self._pointers:
+            value = values[i]
+            if value is None:
+                values[i] = 0
+            elif type(value) is not int:
+                values[i] = value.data_ptr()
+        return self._pack(*values)
+
+
+def launchers(library: ctypes.CDLL) -> dict[str, tuple[Callable[[bytes], int], Slots]]:
+    """For each name the function of a loaded library, and what packs its arguments."""
+    found = {}
     for name, letters in SIGNATURES.items():
-        function = getattr(library, f"pk_cuda_{name}")
-        function.argtypes = [_TYPES[letter] for letter in letters]
+        function = getattr(library, f"pk_cuda_{name}_slots")
+        function.argtypes = [ctypes.c_char_p]
         function.restype = ctypes.c_int
-
-
-def plain(value: Any) -> Any:
-    """A tensor's address, 0 for None, everything else as it is."""
-    if value is None:
-        return 0
-    return value.data_ptr() if isinstance(value, Tensor) else value
+        found[name] = function, Slots(letters)
+    return found
 
 
 class _CudaLibrary:
@@ -100,7 +119,7 @@ class _CudaLibrary:
 
     def __init__(self) -> None:
         self._library = ctypes.CDLL(str(_FILE))
-        declare(self._library)
+        self._launchers = launchers(self._library)
         self._library.pk_cuda_status_text.restype = ctypes.c_char_p
         self._library.pk_cuda_architectures.restype = ctypes.c_char_p
         self._facts: dict[int, Device] = {}
@@ -126,14 +145,18 @@ class _CudaLibrary:
         args: tuple[Any, ...],
         reaches: Iterable[Tensor] = (),
     ) -> None:
-        function = getattr(self._library, f"pk_cuda_{name}")
-        index = torch.cuda.current_device() if device.index is None else device.index
-        self._library.pk_cuda_set_device(index)
-        try:
-            status = function(*map(plain, args), torch._C._cuda_getCurrentRawStream(index))
-        finally:
-            if index != torch.cuda.current_device():
-                self._library.pk_cuda_set_device(torch.cuda.current_device())
+        function, pack = self._launchers[name]
+        current = torch._C._cuda_getDevice()
+        index = current if device.index is None else device.index
+        slots = pack(args, torch._C._cuda_getCurrentRawStream(index))
+        if index == current:
+            status = function(slots)
+        else:
+            self._library.pk_cuda_set_device(index)
+            try:
+                status = function(slots)
+            finally:
+                self._library.pk_cuda_set_device(current)
         if status:
             raise RuntimeError(f"peftkern::{name}: the CUDA launch failed, {self._text(status)}")
 

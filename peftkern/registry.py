@@ -8,7 +8,6 @@ its ops with :func:`define_op` (in ``contract.py``) and its implementations with
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -20,7 +19,6 @@ import torch
 from peftkern import env
 
 _LIBRARY = torch.library.Library("peftkern", "DEF")
-_NOTHING = contextlib.nullcontext()
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -116,17 +114,27 @@ def define_op(spec: OpSpec) -> OpSpec:
         Implementation(spec.name, "any", "reference", spec.reference),
     ]
 
+    name, check = spec.name, spec.check
+
     def kernel(*args: Any) -> Any:
-        spec.check(*args)
-        run = select(spec.name, args).fn
+        check(*args)
         device = _device_of(args)
+        run = _row(name, device, args).fn
         # Gradients are the autograd.Function's business and dtypes the caller's: torch calls inside
-        # an implementation see neither a graph nor autocast.
-        autocast = torch.is_autocast_enabled(device)
-        if autocast or torch.is_grad_enabled():
-            with torch.no_grad(), torch.autocast(device, enabled=False) if autocast else _NOTHING:
-                return run(*args)
-        return run(*args)
+        # an implementation see neither a graph nor autocast. The guards are set by hand: as context
+        # managers they cost more than a small kernel.
+        autocast, gradients = torch.is_autocast_enabled(device), torch.is_grad_enabled()
+        if not (autocast or gradients):
+            return run(*args)
+        try:
+            torch._C._set_grad_enabled(False)
+            if autocast:
+                torch.set_autocast_enabled(device, False)
+            return run(*args)
+        finally:
+            torch._C._set_grad_enabled(gradients)
+            if autocast:
+                torch.set_autocast_enabled(device, True)
 
     def fake(*args: Any) -> Any:
         spec.check(*args)
@@ -194,13 +202,16 @@ def select(op: str, args: tuple[Any, ...]) -> Implementation:
         RuntimeError: the forced backend has no implementation for this op and device, or it
             refuses these arguments; the message gives the reason.
     """
-    device = _device_of(args)
+    return _row(op, _device_of(args), args)
+
+
+def _row(op: str, device: str, args: tuple[Any, ...]) -> Implementation:
     forced = _STATE.forced
     for row in _IMPLEMENTATIONS[op]:
-        if row.device not in (device, "any"):
+        if row.device != device and row.device != "any":
             continue
         if forced == "auto":
-            if row.refusal(args) is None:
+            if row.can_use is None or row.can_use(*args) is None:
                 return row
         elif row.backend == forced:
             reason = row.refusal(args)
@@ -305,5 +316,6 @@ def apply_environment() -> None:
 def _device_of(args: tuple[Any, ...]) -> str:
     for arg in args:
         if isinstance(arg, torch.Tensor):
-            return arg.device.type
+            # Asking for the name makes a new string each time.
+            return "cuda" if arg.is_cuda else "cpu" if arg.is_cpu else arg.device.type
     raise TypeError("a peftkern op needs at least one tensor argument")

@@ -314,9 +314,9 @@ def test_library_loads_without_a_driver(tmp_path: Path) -> None:
     if library.pk_cuda_probe() == 0:
         pytest.skip("there is a device")
     x = torch.ones(8)
-    dropout = library.pk_cuda_philox_dropout
-    dropout.argtypes = [cuda_native._TYPES[c] for c in cuda_native.SIGNATURES["philox_dropout"]]
     address = x.data_ptr()
-    status = dropout(address, 0, 8, address, 5, 1.0, address, 0)
+    pack = cuda_native.Slots(cuda_native.SIGNATURES["philox_dropout"])
+    arguments = (address, 0, 8, address, 5, 1.0, address)
+    status = library.pk_cuda_philox_dropout_slots(pack(arguments, 0))
     assert status > 1000
     assert library.pk_cuda_status_text(status)

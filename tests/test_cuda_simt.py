@@ -107,7 +107,7 @@ class SimtLibrary:
 
     def __init__(self, *sources: Path) -> None:
         self.library = _build(*sources)
-        cuda_native.declare(self.library)
+        self.launchers = cuda_native.launchers(self.library)
 
     def schedule(self, name: str, seed: int = 0) -> None:
         self.library.simt_configure(SCHEDULES[name], seed)
@@ -126,8 +126,8 @@ class SimtLibrary:
                 size = (last + 1) * value.element_size() if value.numel() else 0
                 label = f"argument {i} of {name}".encode()
                 self.library.simt_add_buffer(label, value.data_ptr(), size)
-        function = getattr(self.library, f"pk_cuda_{name}")
-        status = function(*map(cuda_native.plain, args), 0)
+        function, pack = self.launchers[name]
+        status = function(pack(args, 0))
         if status:
             raise RuntimeError(f"{name}: status {status}: {self.library.simt_report().decode()}")
 
@@ -182,6 +182,19 @@ def _assert_like_reference(name: str, args: tuple[Any, ...], where: str) -> None
         assert spec.baseline is not None
         plain = tensors_of(spec.baseline(*args))[i]
         assert_error_rule(got, truth, plain, spec.factor, f"{where} output {i}")
+
+
+def test_signatures_are_those_of_the_launchers() -> None:
+    """Python packs arguments by these letters, and a wrong one would be read as another type."""
+    kinds = {"int": "i", "int64_t": "n", "uint32_t": "u", "float": "f"}
+    found = {}
+    for path in KERNELS:
+        text = path.read_text()
+        for name in re.findall(r"PK_LAUNCHER\((\w+)\)", text):
+            (parameters,) = re.findall(rf"int pk_cuda_{name}\(([^)]*)\)\s*{{", text)
+            declared = [parameter.strip() for parameter in parameters.split(",")]
+            found[name] = "".join("p" if "*" in d else kinds[d.split()[0]] for d in declared)
+    assert found == cuda_native.SIGNATURES
 
 
 @pytest.mark.parametrize(("name", "dtype"), list(_cells()))

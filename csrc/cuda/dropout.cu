@@ -61,3 +61,4 @@ extern "C" int pk_cuda_philox_dropout(const void* x, int dtype, int64_t numel, c
     return pk::launch("philox_dropout", kernel, (unsigned)pk::min64(blocks, pk::kMaxBlocks),
                       pk::kThreads, 0, stream, x, numel, seed, threshold, scale, aligned, out);
 }
+PK_LAUNCHER(philox_dropout)

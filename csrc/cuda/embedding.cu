@@ -86,6 +86,7 @@ int pk_cuda_prompt_embedding(const int64_t* ids, const void* table, int dtype, c
     dim3 grid((unsigned)(rows + length), (unsigned)pk::min64(batch, 1 << 15));
     return pk::launch("prompt_embedding", kernel, grid, pk::kThreads, 0, stream, a);
 }
+PK_LAUNCHER(prompt_embedding)
 
 // The first `count` elements of each of `batch` stretches of `step` elements, added up.
 int pk_cuda_prompt_gradient(const void* dy, int dtype, int64_t batch, int64_t step, int64_t count,
@@ -99,4 +100,5 @@ int pk_cuda_prompt_gradient(const void* dy, int dtype, int64_t batch, int64_t st
     return pk::launch("prompt_gradient", kernel, blocks, pk::kThreads, 0, stream, dy, batch, step,
                       count, out);
 }
+PK_LAUNCHER(prompt_gradient)
 }

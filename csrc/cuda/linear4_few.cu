@@ -331,3 +331,4 @@ extern "C" int pk_cuda_linear_4bit_few(const void* x, int dtype, int64_t m, int6
         return m > 8 ? pk::run<pk::kBF16, 2>(a, stream) : pk::run<pk::kBF16, 1>(a, stream);
     return m > 8 ? pk::run<pk::kF16, 2>(a, stream) : pk::run<pk::kF16, 1>(a, stream);
 }
+PK_LAUNCHER(linear_4bit_few)

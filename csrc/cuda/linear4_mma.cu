@@ -315,4 +315,5 @@ int pk_cuda_linear_4bit_mma(const void* x, int dtype, int64_t m, int64_t n, int6
     return pk::launch("add_parts", pk::add_parts_kernel, blocks, pk::kThreads, 0, stream, workspace,
                       (int)pk::part_count(n, k), m, n, a.epilogue);
 }
+PK_LAUNCHER(linear_4bit_mma)
 }

@@ -212,6 +212,7 @@ int pk_cuda_linear_rows_4bit(const void* x, int dtype, int64_t m, int64_t n, int
     return nested_absmax != nullptr ? pk::run<pk::kNested4>(a, stream)
                                     : pk::run<pk::kPlain4>(a, stream);
 }
+PK_LAUNCHER(linear_rows_4bit)
 
 int pk_cuda_linear_rows_8bit(const void* x, int dtype, int64_t m, int64_t n, int64_t k,
                              const int8_t* codes, const float* scb, const void* bias,
@@ -228,4 +229,5 @@ int pk_cuda_linear_rows_8bit(const void* x, int dtype, int64_t m, int64_t n, int
     a.epilogue = {out, dtype, bias, rank > 0 ? low : nullptr, up, up_dtype, rank, scaling};
     return pk::run<pk::kRowInt8>(a, stream);
 }
+PK_LAUNCHER(linear_rows_8bit)
 }

@@ -680,4 +680,5 @@ int pk_cuda_linear_wgmma(const void* x, int dtype, int64_t m, int64_t stored_row
     return pk::launch("add_wgmma_parts", kernel, blocks, 256, 0, stream, workspace, a.parts, m,
                       outputs, bias, accumulate != 0, out);
 }
+PK_LAUNCHER(linear_wgmma)
 }

@@ -93,3 +93,4 @@ extern "C" int pk_cuda_low_rank(const void* x, int dtype, int64_t m, int64_t k, 
     dim3 grid((unsigned)pk::ceil_div(m, pk::kRows), (unsigned)pk::ceil_div(rank, pk::kRanks));
     return pk::launch("low_rank", kernel, grid, pk::kThreads, 0, stream, p);
 }
+PK_LAUNCHER(low_rank)

@@ -488,4 +488,5 @@ int pk_cuda_optimizer_step(const void* call, void* stream) {
     unsigned grid = (unsigned)pk::min64(c.chunks, c.blocks);
     return pk::launch("optimizer_step", kernel, grid, pk::kThreads, 0, stream, a);
 }
+PK_LAUNCHER(optimizer_step)
 }

@@ -208,6 +208,7 @@ int pk_cuda_optimizer_upload(const void* call, void* stream) {
         status = pk::upload((int64_t*)c.groups, c.new_groups, c.group_words, stream);
     return status;
 }
+PK_LAUNCHER(optimizer_upload)
 
 int pk_cuda_optimizer_norm(const void* call, void* stream) {
     const pk::Call& c = *(const pk::Call*)call;
@@ -221,6 +222,7 @@ int pk_cuda_optimizer_norm(const void* call, void* stream) {
     return pk::launch("optimizer_root", pk::optimizer_root_kernel, 1, 1024, 0, stream, c.sums,
                       c.chunks, c.norm);
 }
+PK_LAUNCHER(optimizer_norm)
 
 int pk_cuda_optimizer_prepare(const void* call, void* stream) {
     const pk::Call& c = *(const pk::Call*)call;
@@ -232,6 +234,7 @@ int pk_cuda_optimizer_prepare(const void* call, void* stream) {
     return pk::launch("optimizer_prepare", pk::optimizer_prepare_kernel,
                       (unsigned)pk::ceil_div(c.rows, 64), 64, 0, stream, a);
 }
+PK_LAUNCHER(optimizer_prepare)
 
 int pk_cuda_optimizer_finish(const void* call, void* stream) {
     const pk::Call& c = *(const pk::Call*)call;
@@ -248,6 +251,7 @@ int pk_cuda_optimizer_finish(const void* call, void* stream) {
                         c.flag};
     return pk::launch("optimizer_finish", pk::optimizer_finish_kernel, 1, 512, 0, stream, a);
 }
+PK_LAUNCHER(optimizer_finish)
 
 // All of them, as a step needs them.
 int pk_cuda_optimizer_run(const void* call, void* stream) {
@@ -263,4 +267,5 @@ int pk_cuda_optimizer_run(const void* call, void* stream) {
         status = pk_cuda_optimizer_finish(call, stream);
     return status;
 }
+PK_LAUNCHER(optimizer_run)
 }

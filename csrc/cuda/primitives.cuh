@@ -2,6 +2,8 @@
 // compiler for the SIMT executor (PK_SIMT), the same names come from csrc/simt/device.h.
 #pragma once
 
+#include "launcher.cuh"
+
 #if defined(PK_SIMT)
 
 #include "../simt/device.h"

@@ -298,6 +298,7 @@ int pk_cuda_dequantize_4bit(const uint8_t* packed, const void* absmax, const flo
         return pk::kBadArgument;
     }
 }
+PK_LAUNCHER(dequantize_4bit)
 
 // *first_bad (device memory, set to all ones by the caller) becomes the first non-finite block.
 int pk_cuda_quantize_4bit(const void* x, int dtype, int64_t numel, int quant_type, int block_shift,
@@ -319,6 +320,7 @@ int pk_cuda_quantize_4bit(const void* x, int dtype, int64_t numel, int quant_typ
         return pk::kBadArgument;
     }
 }
+PK_LAUNCHER(quantize_4bit)
 
 int pk_cuda_quantize_absmax(const float* absmax, int64_t numel, const float* offset, uint8_t* codes,
                             float* nested_absmax, void* stream) {
@@ -329,6 +331,7 @@ int pk_cuda_quantize_absmax(const float* absmax, int64_t numel, const float* off
                       (unsigned)pk::min64(blocks, pk::kMaxBlocks), pk::kThreads, 0, stream, absmax,
                       numel, offset, codes, nested_absmax);
 }
+PK_LAUNCHER(quantize_absmax)
 
 int pk_cuda_dequantize_absmax(const uint8_t* codes, int64_t numel, const float* nested_absmax,
                               const float* nested_offset, float* out, void* stream) {
@@ -340,4 +343,5 @@ int pk_cuda_dequantize_absmax(const uint8_t* codes, int64_t numel, const float* 
                       (unsigned)pk::min64(blocks, pk::kMaxBlocks), pk::kThreads, 0, stream, s,
                       numel, out);
 }
+PK_LAUNCHER(dequantize_absmax)
 }

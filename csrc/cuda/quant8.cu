@@ -103,6 +103,7 @@ int pk_cuda_dequantize_8bit(const int8_t* codes, const float* scb, int64_t rows,
     return pk::launch("dequantize_8bit", kernel, blocks, pk::kThreads, 0, stream, codes, scb, rows,
                       cols, aligned, out);
 }
+PK_LAUNCHER(dequantize_8bit)
 
 // *first_bad (device memory, set to all ones by the caller) becomes the first non-finite row.
 int pk_cuda_quantize_8bit(const void* x, int dtype, int64_t rows, int64_t cols, int8_t* codes,
@@ -116,4 +117,5 @@ int pk_cuda_quantize_8bit(const void* x, int dtype, int64_t rows, int64_t cols, 
     return pk::launch("quantize_8bit", kernel, blocks, pk::kThreads, 0, stream, x, rows, cols,
                       codes, scb, first_bad);
 }
+PK_LAUNCHER(quantize_8bit)
 }

@@ -494,6 +494,7 @@ int pk_cuda_shrink(const void* x, int dtype, int64_t m, int64_t depth, const voi
     return a_dtype == pk::kF32 ? pk::shrink<pk::kBF16, 3>(p, transposed != 0, stream)
                                : pk::shrink<pk::kBF16, 1>(p, transposed != 0, stream);
 }
+PK_LAUNCHER(shrink)
 
 // out = scale * s^T dropout(x), [rank, C] or transposed [C, rank], for x [M, C] bf16 or fp16 (there
 // s is rounded to fp16, as eager torch does with fp16 adapters); C a multiple of 8, x on 16 bytes.
@@ -515,4 +516,5 @@ int pk_cuda_outer(const void* x, int dtype, int64_t m, int64_t c, const float* s
     return out_dtype == pk::kF32 ? pk::outer<pk::kBF16, 3>(p, stream)
                                  : pk::outer<pk::kBF16, 2>(p, stream);
 }
+PK_LAUNCHER(outer)
 }

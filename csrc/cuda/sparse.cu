@@ -229,6 +229,7 @@ int pk_cuda_scatter_add(void* weight, int dtype, int64_t n, int64_t k, int64_t s
     return pk::launch("scatter_add", kernel, blocks, pk::kThreads, 0, stream, weight, indices,
                       values, values_dtype, entries, n, k, stride_row, stride_col);
 }
+PK_LAUNCHER(scatter_add)
 
 // x [M, C] of elements of 2 or 4 bytes; out [C, stride].
 int pk_cuda_transpose(const void* x, int size, int64_t m, int64_t c, int64_t stride, void* out,
@@ -242,6 +243,7 @@ int pk_cuda_transpose(const void* x, int size, int64_t m, int64_t c, int64_t str
     return pk::launch("transpose", pk::transpose_kernel<uint16_t>, grid, pk::kThreads, 0, stream,
                       (const uint16_t*)x, (uint16_t*)out, m, c, stride);
 }
+PK_LAUNCHER(transpose)
 
 // At most 8 rows.
 int pk_cuda_sparse_term(void* y, const void* x, int dtype, int64_t m, int64_t n, int64_t k,
@@ -261,6 +263,7 @@ int pk_cuda_sparse_term(void* y, const void* x, int dtype, int64_t m, int64_t n,
     unsigned blocks = (unsigned)pk::ceil_div(n, pk::kWarps);
     return pk::launch("sparse_term", kernel, blocks, pk::kThreads, 0, stream, a);
 }
+PK_LAUNCHER(sparse_term)
 
 // dy and x transposed, rows of `stride` elements (a multiple of 8) that begin on 16 bytes.
 int pk_cuda_sampled_rows(const void* dy, const void* x, int dtype, int64_t n, int64_t k,
@@ -275,4 +278,5 @@ int pk_cuda_sampled_rows(const void* dy, const void* x, int dtype, int64_t n, in
            : dtype == pk::kBF16 ? pk::run_sampled<pk::kBF16>(a, stream)
                                 : pk::run_sampled<pk::kF16>(a, stream);
 }
+PK_LAUNCHER(sampled_rows)
 }

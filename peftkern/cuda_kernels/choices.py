@@ -16,7 +16,7 @@ library     dequantized in one launch, cuBLAS      everything
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -32,8 +32,7 @@ ROWS_4BIT = 16
 ROWS_8BIT = 8
 
 
-@dataclass(frozen=True)
-class Device:
+class Device(NamedTuple):
     """What decides on a GPU.
 
     Args:
@@ -45,8 +44,7 @@ class Device:
     shared: int
 
 
-@dataclass(frozen=True)
-class Product:
+class Product(NamedTuple):
     """One product, as far as the choice needs it.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,7 @@ from peftkern.ops.bases import Base
 _FORMATS = {"dense": 0, "nf4": 1, "fp4": 1, "int8": 2}
 
 
-@dataclass(frozen=True)
-class LowRank:
+class LowRank(NamedTuple):
     """A low-rank term ``scaling * low upᵀ`` of a product's result.
 
     Args:
@@ -40,24 +39,17 @@ def needs_parts(way: str) -> bool:
     return way in ("wgmma", "library")
 
 
-def describe(x: Tensor, base: Base, across: bool) -> choices.Product:
-    """The product as the choice sees it."""
-    aligned = x.data_ptr() % 16 == 0 and base.weight.data_ptr() % 16 == 0
-    return choices.Product(
-        x.shape[0],
-        base.rows,
-        base.cols,
-        base.format,
-        base.blocksize,
-        across,
-        x.dtype,
-        aligned,
-    )
+@functools.lru_cache(maxsize=4096)
+def _way(device: choices.Device, *facts: Any) -> str:
+    return choices.way(choices.Product(*facts), device)
 
 
 def way_of(x: Tensor, base: Base, across: bool) -> str:
     """Which way of :mod:`peftkern.cuda_kernels.choices` the product takes."""
-    return choices.way(describe(x, base, across), cuda_native.device_facts(x.device))
+    weight, _, _, _, format, blocksize, rows, cols = base
+    aligned = not (x.data_ptr() | weight.data_ptr()) & 15
+    facts = (x.shape[0], rows, cols, format, blocksize, across, x.dtype, aligned)
+    return _way(cuda_native.device_facts(x.device), *facts)
 
 
 def product(
@@ -146,7 +138,7 @@ def _wgmma(
         if term is not None and term.v is not None:
             raise ValueError("term: a transposed dense base takes none here")
     outputs = cols if across else rows
-    out = x.new_empty((m, outputs)) if onto is None else onto
+    out = x.new_empty(m, outputs) if onto is None else onto
     kind = _FORMATS[base.format]
     rows_of_tile, parts = cut or wgmma_cut(m, outputs, depth, kind)
     size = parts * m * outputs if parts > 1 else 0
@@ -182,7 +174,7 @@ def _wgmma(
 def _small(way: str, x: Tensor, base: Base, bias: Tensor | None, term: LowRank | None) -> Tensor:
     """Few rows: the term is summed in the epilogue."""
     m, k = x.shape
-    out = x.new_empty((m, base.rows))
+    out = x.new_empty(m, base.rows)
     shape = (m, base.rows, k)
     last: tuple[object, ...] = (None, None, 0, 0, 0.0)
     if term is not None:

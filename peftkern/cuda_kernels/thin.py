@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +12,7 @@ from peftkern.cuda_kernels.choices import HALVES
 from peftkern.native import DTYPES
 
 
-@dataclass(frozen=True)
-class Dropout:
+class Dropout(NamedTuple):
     """A mask over an activation, drawn again by whoever needs it."""
 
     p: float = 0.0
@@ -69,14 +68,14 @@ def shrink(
     """
     m, depth = x.shape
     rank = a.shape[1] if transposed else a.shape[0]
-    s = x.new_empty((m, rank), dtype=torch.float32) if out is None else out
+    s = x.new_empty(m, rank, dtype=torch.float32) if out is None else out
     up, u_scale, across = (None, 1.0, False) if parts is None else parts
     u = v = None
     outputs = columns = 0
     if up is not None:
         outputs = up.shape[1] if across else up.shape[0]
         columns = -(-(2 if up.dtype == torch.bfloat16 else 3) * rank // 8) * 8
-        u = x.new_empty((m, columns), dtype=torch.bfloat16)
+        u = x.new_empty(m, columns, dtype=torch.bfloat16)
         v = u.new_empty((columns, outputs) if across else (outputs, columns))
     cuda_native.launch(
         "shrink",
@@ -139,7 +138,7 @@ def outer(
 def shrink_any(x: Tensor, a: Tensor, dropout: Dropout) -> Tensor:
     """The same s for few rows of any dtype and shape (csrc/cuda/low_rank.cu)."""
     m, k = x.shape
-    s = x.new_empty((m, a.shape[0]), dtype=torch.float32)
+    s = x.new_empty(m, a.shape[0], dtype=torch.float32)
     cuda_native.launch(
         "low_rank",
         x.device,

@@ -159,7 +159,7 @@ def dora_linear(
     lora_A, lora_B = adapter_for(x, lora_A, "lora_A"), adapter_for(x, lora_B, "lora_B")
     p = float(dropout_p) if training else 0.0
     seed = seed_for(x, p, seed)
-    stored = (*frozen.bundle(), frozen.out_features)
+    stored = frozen.stored()
     weight_norm = weight_norm.detach()
     if needs_grad(x, bias, lora_A, lora_B, magnitude):
         low_rank = (lora_A, lora_B, magnitude, weight_norm, float(scaling), p, seed)

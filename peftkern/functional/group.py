@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from peftkern.functional.arguments import (
+    activations,
     adapter_for,
-    as_matrix,
     bias_for,
     frozen_base,
     needs_grad,
@@ -21,6 +21,7 @@ from peftkern.functional.arguments import (
 from peftkern.ops.gated.autograd import GatedActivation, LoRAMLP
 from peftkern.ops.gated.contract import check_activation
 from peftkern.ops.lora_group.autograd import LoRALinearGroup
+from peftkern.ops.rows import as_rows, like_rows_of
 from peftkern.quant import QuantizedTensor
 
 
@@ -66,8 +67,7 @@ def _projection(name: str, value: Projection) -> LoRAProjection:
     return member
 
 
-@dataclass(frozen=True)
-class _Group:
+class _Group(NamedTuple):
     """The arguments of the ops for several projections, column by column."""
 
     bases: tuple[tuple[Any, ...], ...]
@@ -93,12 +93,12 @@ def _group(
     scalings, dropout_p, seeds = [], [], []
     for x, name, member in zip(xs, names, members, strict=True):
         frozen = frozen_base(member.base)
-        if frozen.in_features != x.shape[1]:
+        if frozen.in_features != x.shape[-1]:
             raise ValueError(
                 f"{name}: got a base with {frozen.in_features} input features, "
-                f"expected {x.shape[1]}"
+                f"expected {x.shape[-1]}"
             )
-        bases.append((*frozen.for_input(x).bundle(), frozen.out_features))
+        bases.append(frozen.for_input(x).stored())
         a, b = member.lora_A, member.lora_B
         if a is None or b is None:
             a = x.new_empty((0, frozen.in_features))
@@ -149,16 +149,17 @@ def lora_linear_group(
         raise ValueError("projections: got none, expected at least one")
     names = [f"projections[{i}]" for i in range(len(projections))]
     members = [_projection(*pair) for pair in zip(names, projections, strict=True)]
-    x, lead = as_matrix(x, frozen_base(members[0].base).in_features)
+    x = activations(x, frozen_base(members[0].base).in_features)
     group = _group([x] * len(members), names, members, training)
-    if needs_grad(x, *group.flat()):
-        ys = LoRALinearGroup.apply(x, group.bases, group.drops(), *group.flat())
-    else:
-        columns = (list(values) for values in zip(*group.bases, strict=True))
-        ys, _ = torch.ops.peftkern.lora_linear_group(
-            x, *columns, group.biases, group.lora_A, group.lora_B, *group.drops()
-        )
-    return tuple(y.view(*lead, y.shape[-1]) for y in ys)
+    flat = group.flat()
+    if needs_grad(x, *flat):
+        ys: tuple[Tensor, ...] = LoRALinearGroup.apply(x, group.bases, group.drops(), *flat)
+        return ys
+    columns = (list(values) for values in zip(*group.bases, strict=True))
+    parts, _ = torch.ops.peftkern.lora_linear_group(
+        as_rows(x), *columns, group.biases, group.lora_A, group.lora_B, *group.drops()
+    )
+    return tuple(like_rows_of(x, y) for y in parts)
 
 
 def gated_activation(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
@@ -239,21 +240,22 @@ def lora_mlp(
     check_activation(activation)
     names = ("gate", "up", "down")
     members = [_projection(*pair) for pair in zip(names, (gate, up, down), strict=True)]
-    x, lead = as_matrix(x, frozen_base(members[0].base).in_features)
+    x = activations(x, frozen_base(members[0].base).in_features)
     hidden = [frozen_base(member.base).out_features for member in members[:2]]
     if hidden[0] != hidden[1]:
         raise ValueError(f"up: got a base with {hidden[1]} rows, expected {hidden[0]} like gate")
     # down multiplies a tensor that does not exist yet: a stand-in without data tells its kind.
     inner = x.new_empty((0, hidden[0]))
     group = _group([x, x, inner], names, members, training)
-    if needs_grad(x, *group.flat()):
-        y = LoRAMLP.apply(x, activation, group.bases, group.drops(), *group.flat())
-        return y.view(*lead, y.shape[-1])
+    flat = group.flat()
+    if needs_grad(x, *flat):
+        y: Tensor = LoRAMLP.apply(x, activation, group.bases, group.drops(), *flat)
+        return y
     first = [list(values) for values in zip(*group.bases[:2], strict=True)]
     adapters = (group.biases, group.lora_A, group.lora_B, *group.drops())
     (g, u), _ = torch.ops.peftkern.lora_linear_group(
-        x, *first, *(values[:2] for values in adapters)
+        as_rows(x), *first, *(values[:2] for values in adapters)
     )
     h = torch.ops.peftkern.gated_activation(g, u, activation)
     y, _ = torch.ops.peftkern.lora_linear(h, *group.bases[2], *(values[2] for values in adapters))
-    return y.view(*lead, y.shape[-1])
+    return like_rows_of(x, y)

@@ -6,18 +6,19 @@ import torch
 from torch import Tensor
 
 from peftkern.functional.arguments import (
-    as_matrix,
+    FrozenBase,
+    activations,
     bias_for,
-    matrix_shape,
     needs_grad,
-    require_quantized,
+    quantized_base,
 )
 from peftkern.ops.linear4.autograd import Linear4bit
 from peftkern.ops.linear8.autograd import Linear8bit
+from peftkern.ops.rows import as_rows, like_rows_of
 from peftkern.quant import QuantizedTensor
 
 
-def linear_4bit(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
+def linear_4bit(x: Tensor, q: QuantizedTensor | FrozenBase, bias: Tensor | None = None) -> Tensor:
     """``x @ W.T + bias`` with an NF4 or FP4 weight that stays packed, forward and backward.
 
     Args:
@@ -39,18 +40,16 @@ def linear_4bit(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Te
         >>> pk.functional.linear_4bit(torch.randn(2, 5, 64), q).shape
         torch.Size([2, 5, 32])
     """
-    require_quantized(q, ("nf4", "fp4"))
-    x, lead = as_matrix(x, matrix_shape(q.shape)[1])
+    base = quantized_base(q, ("nf4", "fp4"))
+    x = activations(x, base.in_features)
     bias = bias_for(x, bias)
-    arguments = (x, q.weight, *q.statistics(), q.quant_type, q.blocksize, q.shape[0], bias)
     if needs_grad(x, bias):
-        y = Linear4bit.apply(*arguments)
-    else:
-        y = torch.ops.peftkern.linear_4bit(*arguments)
-    return y.view(*lead, q.shape[0])
+        y: Tensor = Linear4bit.apply(x, base.stored(), bias)
+        return y
+    return like_rows_of(x, torch.ops.peftkern.linear_4bit(as_rows(x), *base.stored(), bias))
 
 
-def linear_8bit(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
+def linear_8bit(x: Tensor, q: QuantizedTensor | FrozenBase, bias: Tensor | None = None) -> Tensor:
     """``x @ W.T + bias`` with a row-wise INT8 weight, exactly dequantized, forward and backward.
 
     Args:
@@ -65,12 +64,11 @@ def linear_8bit(x: Tensor, q: QuantizedTensor, bias: Tensor | None = None) -> Te
         TypeError: x is not a float tensor, or q is not an INT8 :class:`QuantizedTensor`.
         ValueError: shapes or devices do not fit; the message names the argument.
     """
-    require_quantized(q, ("int8",))
-    x, lead = as_matrix(x, matrix_shape(q.shape)[1])
+    base = quantized_base(q, ("int8",))
+    x = activations(x, base.in_features)
     bias = bias_for(x, bias)
-    arguments = (x, q.weight, q.absmax, bias)
     if needs_grad(x, bias):
-        y = Linear8bit.apply(*arguments)
-    else:
-        y = torch.ops.peftkern.linear_8bit(*arguments)
-    return y.view(*lead, q.shape[0])
+        y: Tensor = Linear8bit.apply(x, base.weight, base.absmax, bias)
+        return y
+    y = torch.ops.peftkern.linear_8bit(as_rows(x), base.weight, base.absmax, bias)
+    return like_rows_of(x, y)

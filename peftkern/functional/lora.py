@@ -6,20 +6,22 @@ import torch
 from torch import Tensor
 
 from peftkern.functional.arguments import (
+    FrozenBase,
+    activations,
     adapter_for,
-    as_matrix,
     bias_for,
     frozen_base,
     needs_grad,
     seed_for,
 )
 from peftkern.ops.lora.autograd import LoRALinear
+from peftkern.ops.rows import as_rows, like_rows_of
 from peftkern.quant import QuantizedTensor
 
 
 def lora_linear(
     x: Tensor,
-    base: Tensor | QuantizedTensor,
+    base: Tensor | QuantizedTensor | FrozenBase,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
@@ -63,25 +65,14 @@ def lora_linear(
         True
     """
     frozen = frozen_base(base)
-    x, lead = as_matrix(x, frozen.in_features)
-    frozen = frozen.for_input(x)
+    x = activations(x, frozen.in_features)
+    stored = frozen.for_input(x).stored()
     bias = bias_for(x, bias)
     lora_A, lora_B = adapter_for(x, lora_A, "lora_A"), adapter_for(x, lora_B, "lora_B")
-    p = dropout_p if training else 0.0
-    seed = seed_for(x, p, seed)
-    arguments = (
-        x,
-        *frozen.bundle(),
-        frozen.out_features,
-        bias,
-        lora_A,
-        lora_B,
-        float(scaling),
-        float(p),
-        seed,
-    )
+    p = float(dropout_p) if training else 0.0
+    adapter = (bias, lora_A, lora_B, float(scaling), p, seed_for(x, p, seed))
     if needs_grad(x, bias, lora_A, lora_B):
-        y = LoRALinear.apply(*arguments)
-    else:
-        y, _ = torch.ops.peftkern.lora_linear(*arguments)
-    return y.view(*lead, frozen.out_features)
+        y: Tensor = LoRALinear.apply(x, stored, *adapter)
+        return y
+    y, _ = torch.ops.peftkern.lora_linear(as_rows(x), *stored, *adapter)
+    return like_rows_of(x, y)

@@ -102,7 +102,7 @@ def multi_lora_linear(
         )
     p = [float(value) if training else 0.0 for value in dropout_p]
     seed = seed_for(x, max(p, default=0.0), seed)
-    stored = (*frozen.bundle(), frozen.out_features)
+    stored = frozen.stored()
     if needs_grad(x, bias, *lora_A, *lora_B):
         y = MultiLoRALinear.apply(x, stored, bias, ids, scalings, p, seed, *lora_A, *lora_B)
     else:

@@ -63,7 +63,7 @@ def sparse_delta_linear(
     if not isinstance(indices, Tensor):
         raise TypeError(f"indices: got {type(indices).__name__}, expected an int64 tensor")
     values = adapter_for(x, values, "values")
-    arguments = (x, *frozen.bundle(), frozen.out_features, bias, indices.contiguous(), values)
+    arguments = (x, *frozen.stored(), bias, indices.contiguous(), values)
     if needs_grad(x, bias, values):
         y = SparseDeltaLinear.apply(*arguments)
     else:

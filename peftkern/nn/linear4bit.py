@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkern import functional
+from peftkern.functional.arguments import FrozenBase
 from peftkern.nn.quantized import QuantizedLinear, adopt_bias, dense_source
 from peftkern.quant import QuantizedTensor, quantize_4bit
 
@@ -189,6 +190,16 @@ class Linear4bit(QuantizedLinear):
             dtype=self.quant_dtype,
         )
 
+    def taken_apart(self) -> FrozenBase:
+        """The same as the functions pass it on: what a forward pass reads, and nothing more."""
+        held: dict[str, Any] = self._parameters
+        try:
+            weight, absmax, nested, offset = [held[name] for name in self._stored]
+        except KeyError:  # parametrized or sharded: kept elsewhere under the same names
+            weight, absmax, nested, offset = [getattr(self, name) for name in self._stored]
+        quantized = (weight, absmax, nested, offset, self.quant_type, self.blocksize)
+        return FrozenBase(*quantized, self.out_features, self.in_features)
+
     def adopt(self, q: QuantizedTensor) -> None:
         """Hold the tensors of ``q`` from now on (same shape and format)."""
         self._hold("weight", q.weight)
@@ -208,7 +219,7 @@ class Linear4bit(QuantizedLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``input @ W.T + bias`` in the dtype of the input; input [..., in] -> [..., out]."""
-        return functional.linear_4bit(input, self.quantized, self.bias)
+        return functional.linear_4bit(input, self.taken_apart(), self.bias)
 
     def _meta(self) -> dict[str, Any]:
         return {

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkern import functional
+from peftkern.functional.arguments import FrozenBase
 from peftkern.nn.quantized import QuantizedLinear, adopt_bias, dense_source
 from peftkern.quant import QuantizedTensor, quantize_8bit
 
@@ -126,6 +127,11 @@ class Linear8bit(QuantizedLinear):
             dtype=self.quant_dtype,
         )
 
+    def taken_apart(self) -> FrozenBase:
+        """The same as the functions pass it on: what a forward pass reads, and nothing more."""
+        shape = (self.out_features, self.in_features)
+        return FrozenBase(self.weight, self.SCB, None, None, "int8", 0, *shape)
+
     def adopt(self, q: QuantizedTensor) -> None:
         """Hold the tensors of ``q`` from now on (same shape)."""
         self._hold("weight", q.weight)
@@ -137,7 +143,7 @@ class Linear8bit(QuantizedLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``input @ W.T + bias`` in the dtype of the input; input [..., in] -> [..., out]."""
-        return functional.linear_8bit(input, self.quantized, self.bias)
+        return functional.linear_8bit(input, self.taken_apart(), self.bias)
 
     def _meta(self) -> dict[str, Any]:
         return {"quant_type": "int8", "shape": [self.out_features, self.in_features]}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkern import functional
+from peftkern.functional.arguments import FrozenBase
 from peftkern.nn.adapter import AdapterLayer, check_adapter_name
 from peftkern.nn.lora_init import (
     changes_base,
@@ -265,7 +266,9 @@ class LoRALinear(AdapterLayer):
     @property
     def bias(self) -> Tensor | None:
         """The base layer's bias."""
-        return self.base_layer.bias  # type: ignore[return-value]
+        base: Any = self._modules["base_layer"]
+        bias: Tensor | None = base.bias
+        return bias
 
     @property
     def in_features(self) -> int:
@@ -295,27 +298,33 @@ class LoRALinear(AdapterLayer):
         return base.quantized if isinstance(base, QuantizedLinear) else dense_weight(base)
 
     @property
+    def _taken_apart(self) -> Tensor | FrozenBase:
+        base: Any = self._modules["base_layer"]
+        return base.taken_apart() if isinstance(base, QuantizedLinear) else dense_weight(base)
+
+    @property
     def _base_dtype(self) -> torch.dtype:
         base = self.base_layer
         return base.quantized.dtype if isinstance(base, QuantizedLinear) else base.weight.dtype  # type: ignore[return-value]
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """The weights A [r, in] and B [out, r] of one adapter."""
-        down, up = self.lora_A[name], self.lora_B[name]
-        return down.weight, up.weight  # type: ignore[return-value]
+        # Not as attributes: nn.Module looks for those in Python, three times here.
+        modules: dict[str, Any] = self._modules
+        down, up = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+        return down.weight, up.weight
 
     def why_not_fused(self, name: str) -> str | None:
         """Why the fused kernel does not serve adapter ``name``; ``None`` when it does."""
         if not self._reads_weight:
             return f"{type(self.base_layer).__name__} computes a forward of its own"
-        dora = name in self.lora_magnitude_vector
-        parts = (
-            ("base layer", self.base_layer),
-            ("lora_A", self.lora_A[name]),
-            ("lora_B", self.lora_B[name]),
-            ("lora_magnitude_vector", self.lora_magnitude_vector[name] if dora else None),
-        )
-        for label, module in parts:
+        modules: dict[str, Any] = self._modules
+        for label, module in (
+            ("base layer", modules["base_layer"]),
+            ("lora_A", modules["lora_A"]._modules[name]),
+            ("lora_B", modules["lora_B"]._modules[name]),
+            ("lora_magnitude_vector", modules["lora_magnitude_vector"]._modules.get(name)),
+        ):
             hooks = None if module is None else hooks_of(module)
             if hooks is not None:
                 return f"its {label} carries {hooks}, which must run"
@@ -352,8 +361,9 @@ class LoRALinear(AdapterLayer):
 
     def _sum(self, x: Tensor, names: Sequence[str | None]) -> Tensor:
         y: Tensor | None = None
+        known = self._modules["lora_A"]._modules  # type: ignore[union-attr]
         for name in names:
-            if name is None or name not in self.lora_A:
+            if name is None or name not in known:
                 continue
             if y is None:
                 y = self._first(x, name)
@@ -384,19 +394,19 @@ class LoRALinear(AdapterLayer):
     def _first(self, x: Tensor, name: str) -> Tensor:
         if self.why_not_fused(name) is not None:
             return self._add(self.base_layer(x), x, name)
-        frozen, scaling = self._frozen, self.scaling[name]
+        scaling, p = self.scaling[name], self.lora_dropout[name]
         down, up = self.factors(name)
-        p = self.lora_dropout[name]
-        if self.use_dora[name]:
-            magnitude = self._magnitude(name)
-            norm = magnitude.norm(frozen, down, up, scaling)
-            low_rank = (down, up, magnitude.weight, scaling, self.bias, p, self.training)
-            return functional.dora_linear(x, frozen, *low_rank, weight_norm=norm)
         bias = self.bias
+        if self.use_dora[name]:
+            frozen, magnitude = self._frozen, self._magnitude(name)
+            norm = magnitude.norm(frozen, down, up, scaling)
+            low_rank = (down, up, magnitude.weight, scaling, bias, p, self.training)
+            return functional.dora_linear(x, frozen, *low_rank, weight_norm=norm)
         if self.lora_bias[name]:
             extra = self._bias_term(name)
             bias = extra if bias is None else bias + extra
-        return functional.lora_linear(x, frozen, down, up, scaling, bias, p, self.training)
+        base = self._taken_apart
+        return functional.lora_linear(x, base, down, up, scaling, bias, p, self.training)
 
     def _bias_term(self, name: str) -> Tensor:
         bias = self.lora_B[name].bias

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from peftkern.functional.arguments import FrozenBase
 from peftkern.nn.structure import dense_weight, is_dense_linear
 from peftkern.quant import QuantizedTensor
 
@@ -51,6 +52,10 @@ class QuantizedLinear(nn.Linear):
     def quantized(self) -> QuantizedTensor:
         """The frozen weight as a :class:`QuantizedTensor` over the same memory."""
         raise AssertionError("subclasses build their QuantizedTensor")
+
+    def taken_apart(self) -> FrozenBase:
+        """The same as the functions pass it on: what a forward pass reads, and nothing more."""
+        raise AssertionError("subclasses take their weight apart")
 
     @property
     def W_q(self) -> Tensor:

@@ -20,6 +20,8 @@ def class_names(module: nn.Module) -> set[str]:
 
 def is_conv1d(module: nn.Module) -> bool:
     """True for the GPT-2 family's ``Conv1D``: a linear layer whose weight is stored [in, out]."""
+    if type(module) is nn.Linear:  # most layers, asked in every forward pass
+        return False
     if "Conv1D" not in class_names(module):
         return False
     weight = getattr(module, "weight", None)
@@ -51,6 +53,14 @@ def features(module: nn.Module) -> tuple[int, int]:
 
 def hooks_of(module: nn.Module) -> str | None:
     """Which hooks the module carries, in words; ``None`` when calling it is just its forward."""
+    if not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    ):
+        return None
     for attribute, words in _HOOKS:
         if getattr(module, attribute, None):
             return words

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from peftkern.ops.gradients import bias_gradient, first_order_only
+from peftkern.ops.rows import as_rows, like_rows_of
 
 
 class GatedActivation(torch.autograd.Function):
@@ -39,7 +40,7 @@ class LoRAMLP(torch.autograd.Function):
     pass, by the kernel that turns its gradient into those of gate and up.
 
     The tensors of the three linears come as one flat list, so that autograd sees them: biases,
-    then A and B of gate, up and down.
+    then A and B of gate, up and down. x is [..., in] and contiguous.
     """
 
     @staticmethod
@@ -51,7 +52,7 @@ class LoRAMLP(torch.autograd.Function):
         scalings, p, seeds = drops
         ops = torch.ops.peftkern
         (gate, up), s = ops.lora_linear_group(
-            x,
+            as_rows(x),
             *(values[:2] for values in columns),
             biases[:2],
             lora_A[:2],
@@ -67,7 +68,7 @@ class LoRAMLP(torch.autograd.Function):
         ctx.save_for_backward(x, gate, up, s, s_down, *statistics, *flat, *seeds)
         ctx.activation, ctx.scalings, ctx.p = activation, scalings, p
         ctx.formats = [base[4:6] for base in bases]
-        return y
+        return like_rows_of(x, y)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
@@ -78,7 +79,7 @@ class LoRAMLP(torch.autograd.Function):
         need = ctx.needs_input_grad
         need_bias, need_a, need_b = need[4:7], need[7:10], need[10:13]
         ops = torch.ops.peftkern
-        dy = dy.contiguous()
+        dy = as_rows(dy.contiguous())
         down = (*bases[2], lora_A[2], lora_B[2], ctx.scalings[2], ctx.p[2], seeds[2])
         grads: list[Tensor | None] = [None] * 9
         need_down = need_a[2] or need_b[2]
@@ -91,7 +92,7 @@ class LoRAMLP(torch.autograd.Function):
             columns = [list(values) for values in zip(*bases[:2], strict=True)]
             inner_dx, das, dbs = ops.lora_linear_group_backward(
                 [dgate, dup],
-                x,
+                as_rows(x),
                 s,
                 *columns,
                 lora_A[:2],
@@ -102,7 +103,7 @@ class LoRAMLP(torch.autograd.Function):
                 need[0],
                 any((*need_a[:2], *need_b[:2])),
             )
-            dx = inner_dx if need[0] else None
+            dx = like_rows_of(x, inner_dx) if need[0] else None
             for i, d in enumerate((dgate, dup)):
                 grads[i] = bias_gradient(d, biases[i]) if need_bias[i] else None
                 grads[3 + i] = das[i] if need_a[i] else None

@@ -37,7 +37,7 @@ def linear_4bit(
 ) -> Tensor:
     """``y = x W^T + b``."""
     m, k = x.shape
-    out = torch.empty((m, out_features), dtype=x.dtype)
+    out = torch.empty(m, out_features, dtype=x.dtype)
     statistics = (absmax, nested_absmax, nested_offset)
     shape = (out_features, k)
     weight = native.weight_4bit(packed, *statistics, quant_type, blocksize, shape, x.dtype)
@@ -80,7 +80,7 @@ def linear_4bit_dx(
 ) -> Tensor:
     """``dx = dy W`` from the same storage: no transposed copy, no dense weight."""
     m, n = dy.shape
-    out = torch.empty((m, in_features), dtype=dy.dtype)
+    out = torch.empty(m, in_features, dtype=dy.dtype)
     statistics = (absmax, nested_absmax, nested_offset)
     shape = (n, in_features)
     weight = native.weight_4bit(packed, *statistics, quant_type, blocksize, shape, dy.dtype)

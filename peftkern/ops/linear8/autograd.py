@@ -8,24 +8,29 @@ import torch
 from torch import Tensor
 
 from peftkern.ops.gradients import bias_gradient, first_order_only
+from peftkern.ops.rows import as_rows, like_rows_of
 
 
 class Linear8bit(torch.autograd.Function):
-    """Saves nothing of the activation's size: dx needs the codes alone."""
+    """Saves nothing of the activation's size: dx needs the codes alone.
+
+    x is [..., in] and contiguous.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, codes: Tensor, scb: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(codes, scb, bias)
-        return torch.ops.peftkern.linear_8bit(x, codes, scb, bias)
+        return like_rows_of(x, torch.ops.peftkern.linear_8bit(as_rows(x), codes, scb, bias))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         codes, scb, bias = ctx.saved_tensors
-        dy = dy.contiguous()
+        whole = dy.contiguous()
+        rows = as_rows(whole)
         dx = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = torch.ops.peftkern.linear_8bit_dx(dy, codes, scb)
+            dx = like_rows_of(whole, torch.ops.peftkern.linear_8bit_dx(rows, codes, scb))
         if bias is not None and ctx.needs_input_grad[3]:
-            dbias = bias_gradient(dy, bias)
+            dbias = bias_gradient(rows, bias)
         dx, dbias = first_order_only("linear_8bit", dx, dbias)
         return dx, None, None, dbias

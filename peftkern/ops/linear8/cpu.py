@@ -16,7 +16,7 @@ def _forward_refusal(x: Tensor, codes: Tensor, scb: Tensor, bias: Tensor | None)
 @implementation("linear_8bit", device="cpu", backend="native", can_use=_forward_refusal)
 def linear_8bit(x: Tensor, codes: Tensor, scb: Tensor, bias: Tensor | None) -> Tensor:
     """``y = x W^T + b``."""
-    out = torch.empty((x.shape[0], codes.shape[0]), dtype=x.dtype)
+    out = torch.empty(x.shape[0], codes.shape[0], dtype=x.dtype)
     native.kernels().linear(
         x.data_ptr(),
         native.DTYPES[x.dtype],
@@ -37,7 +37,7 @@ def _dx_refusal(dy: Tensor, codes: Tensor, scb: Tensor) -> str | None:
 @implementation("linear_8bit_dx", device="cpu", backend="native", can_use=_dx_refusal)
 def linear_8bit_dx(dy: Tensor, codes: Tensor, scb: Tensor) -> Tensor:
     """``dx = dy W`` from the same storage."""
-    out = torch.empty((dy.shape[0], codes.shape[1]), dtype=dy.dtype)
+    out = torch.empty(dy.shape[0], codes.shape[1], dtype=dy.dtype)
     native.kernels().linear(
         dy.data_ptr(),
         native.DTYPES[dy.dtype],

@@ -48,7 +48,8 @@ def check_base(
 ) -> None:
     """The activations and a frozen base [out_features, in] that fits them."""
     checks.float_matrix("x", x)
-    checks.same_device("x", x, weight=weight, absmax=absmax)
+    if weight.device != x.device or (absmax is not None and absmax.device != x.device):
+        checks.same_device("x", x, weight=weight, absmax=absmax)
     in_features = x.shape[1]
     if format not in checks.BASE_FORMATS:
         raise ValueError(f"format: got {format!r}, expected one of {checks.BASE_FORMATS}")
@@ -73,17 +74,21 @@ def check_base(
 
 def check_adapter(x: Tensor, lora_A: Tensor, lora_B: Tensor, out_features: int) -> None:
     """A pair of adapter matrices that fits the activations."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    for name, value in (("lora_A", lora_A), ("lora_B", lora_B)):
-        checks.dtype_in(name, value, (x.dtype, wide))
-        checks.ndim(name, value, 2)
-        checks.contiguous(name, value)
-    if lora_A.dtype != lora_B.dtype:
+    allowed = (x.dtype, checks.WIDE[x.dtype])
+    checks.dtype_in("lora_A", lora_A, allowed)
+    if lora_B.dtype != lora_A.dtype:
+        checks.dtype_in("lora_B", lora_B, allowed)
         raise TypeError(f"lora_B: got {lora_B.dtype}, expected {lora_A.dtype} like lora_A")
+    checks.ndim("lora_A", lora_A, 2)
     rank = lora_A.shape[0]
     checks.shape_is("lora_A", lora_A, (rank, x.shape[1]))
     checks.shape_is("lora_B", lora_B, (out_features, rank))
-    checks.same_device("x", x, lora_A=lora_A, lora_B=lora_B)
+    if not (lora_A.is_contiguous() and lora_B.is_contiguous()):
+        checks.contiguous("lora_A", lora_A)
+        checks.contiguous("lora_B", lora_B)
+    device = x.device
+    if lora_A.device != device or lora_B.device != device:
+        checks.same_device("x", x, lora_A=lora_A, lora_B=lora_B)
 
 
 def _check_forward(
@@ -232,10 +237,11 @@ def _check_backward(
     check_base(x, weight, *statistics, format, blocksize, out_features)
     check_adapter(x, lora_A, lora_B, out_features)
     checks.shape_is("dy", dy, (x.shape[0], out_features))
-    checks.dtype_in("s", s, (torch.promote_types(x.dtype, torch.float32),))
+    checks.dtype_in("s", s, (checks.WIDE[x.dtype],))
     checks.contiguous("s", s)
     checks.shape_is("s", s, (x.shape[0], lora_A.shape[0]))
-    checks.same_device("x", x, dy=dy, s=s)
+    if dy.device != x.device or s.device != x.device:
+        checks.same_device("x", x, dy=dy, s=s)
     checks.dropout_arguments(x, dropout_p, seed)
 
 

@@ -48,7 +48,7 @@ def native_base(
 
 
 def _forward_refusal(*args: Any) -> str | None:
-    return native.refusal(*(arg for arg in args if isinstance(arg, Tensor)))
+    return native.refusal(*args)
 
 
 @implementation("lora_linear", device="cpu", backend="native", can_use=_forward_refusal)
@@ -71,13 +71,13 @@ def lora_linear(
     """The low-rank term is the last steps of the base product's own sum."""
     m, k = x.shape
     rank = lora_A.shape[0]
-    s = torch.empty((m, rank), dtype=torch.float32)
+    s = torch.empty(m, rank, dtype=torch.float32)
     base: native.NativeWeight | None = None
     if format == "dense" and base_by_torch(x.dtype):
         y = torch.nn.functional.linear(x, weight, bias)
         bias = None
     else:
-        y = torch.empty((m, out_features), dtype=x.dtype)
+        y = torch.empty(m, out_features, dtype=x.dtype)
         statistics = (absmax, nested_absmax, nested_offset)
         shape = (out_features, k)
         base = native_base(weight, *statistics, format, blocksize, shape, x.dtype)
@@ -130,12 +130,12 @@ def lora_linear_backward(
     if need_dx and format == "dense" and base_by_torch(x.dtype):
         dx = torch.matmul(dy, weight)
     elif need_dx:
-        dx = torch.empty((m, k), dtype=x.dtype)
+        dx = torch.empty(m, k, dtype=x.dtype)
         statistics = (absmax, nested_absmax, nested_offset)
         base = native_base(weight, *statistics, format, blocksize, (n, k), x.dtype)
     da = torch.empty(lora_A.shape if need_dab else 0, dtype=lora_A.dtype)
     db = torch.empty(lora_B.shape if need_dab else 0, dtype=lora_B.dtype)
-    ds = torch.empty((m, rank), dtype=torch.float32)
+    ds = torch.empty(m, rank, dtype=torch.float32)
     native.kernels().lora_backward(
         dy.data_ptr(),
         x.data_ptr(),

@@ -34,13 +34,12 @@ def _forward_refusal(
     seed: Tensor | None,
 ) -> str | None:
     why = cuda_native.refusal(x, lora_A, lora_B)
-    if why is not None:
+    passes = thin.refusal(x, x.shape[1], lora_A, lora_B)
+    if why is not None or passes is None:  # with the passes every way can go
         return why
     statistics = (absmax, nested_absmax, nested_offset)
     base = Base(weight, *statistics, format, blocksize, out_features, x.shape[1])
-    if products.needs_parts(products.way_of(x, base, False)):
-        return thin.refusal(x, x.shape[1], lora_A, lora_B)
-    return None
+    return passes if products.needs_parts(products.way_of(x, base, False)) else None
 
 
 @implementation("lora_linear", device="cuda", backend="cuda", can_use=_forward_refusal)
@@ -100,7 +99,7 @@ def _backward_refusal(
     if why is not None:
         return why
     why = thin.refusal(x, x.shape[1], lora_A, lora_B)
-    return thin.refusal(dy, dy.shape[1], lora_A, lora_B) if why is None else why
+    return thin.refusal(dy, dy.shape[1]) if why is None else why
 
 
 @implementation("lora_linear_backward", device="cuda", backend="cuda", can_use=_backward_refusal)
@@ -123,16 +122,16 @@ def lora_linear_backward(
     need_dab: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dS in one pass over dy, dB in another, dx with its term in the sum, dA in one pass over x."""
-    dx, da, db = x.new_empty(0), lora_A.new_empty(0), lora_B.new_empty(0)
     if not (need_dx or need_dab):
-        return dx, da, db
+        return x.new_empty(0), lora_A.new_empty(0), lora_B.new_empty(0)
     statistics = (absmax, nested_absmax, nested_offset)
     base = Base(weight, *statistics, format, blocksize, dy.shape[1], x.shape[1])
     dropout = Dropout(dropout_p, seed)
     dx, ds = input_gradient(dy, x, base, lora_A, lora_B, scaling, dropout, need_dx)
-    if need_dab:
-        db = thin.outer(dy, s, lora_B, transposed=True, scale=scaling)
-        da = thin.outer(x, ds, lora_A, dropout=dropout)
+    if not need_dab:
+        return dx, lora_A.new_empty(0), lora_B.new_empty(0)
+    db = thin.outer(dy, s, lora_B, transposed=True, scale=scaling)
+    da = thin.outer(x, ds, lora_A, dropout=dropout)
     return dx, da, db
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from peftkern.ops.gradients import bias_gradient, first_order_only
+from peftkern.ops.rows import as_rows, like_rows_of
 
 
 class LoRALinearGroup(torch.autograd.Function):
@@ -15,7 +16,8 @@ class LoRALinearGroup(torch.autograd.Function):
 
     ``bases`` holds (weight, absmax, nested_absmax, nested_offset, format, blocksize,
     out_features) of each member and ``drops`` their scalings, dropout probabilities and seeds.
-    Biases, then all A, then all B follow as single arguments, so that autograd sees them.
+    Biases, then all A, then all B follow as single arguments, so that autograd sees them. x is
+    [..., in] and contiguous.
     """
 
     @staticmethod
@@ -25,12 +27,12 @@ class LoRALinearGroup(torch.autograd.Function):
         count = len(bases)
         columns = [list(values) for values in zip(*bases, strict=True)]
         adapters = [list(flat[i * count : (i + 1) * count]) for i in range(3)]
-        ys, s = torch.ops.peftkern.lora_linear_group(x, *columns, *adapters, *drops)
+        ys, s = torch.ops.peftkern.lora_linear_group(as_rows(x), *columns, *adapters, *drops)
         scalings, p, seeds = drops
         ctx.save_for_backward(x, s, *(t for base in bases for t in base[:4]), *flat, *seeds)
         ctx.formats = [base[4:6] for base in bases]
         ctx.scalings, ctx.p = scalings, p
-        return tuple(ys)
+        return tuple(like_rows_of(x, y) for y in ys)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
@@ -41,10 +43,10 @@ class LoRALinearGroup(torch.autograd.Function):
         bases = [(*stored[4 * i : 4 * i + 4], *format) for i, format in enumerate(ctx.formats)]
         need = ctx.needs_input_grad
         need_bias, need_a, need_b = (need[3 + i * count : 3 + (i + 1) * count] for i in range(3))
-        whole = [dy.contiguous() for dy in dys]
+        whole = [as_rows(dy.contiguous()) for dy in dys]
         dx, das, dbs = torch.ops.peftkern.lora_linear_group_backward(
             whole,
-            x,
+            as_rows(x),
             s,
             *(list(values) for values in zip(*bases, strict=True)),
             lora_A,
@@ -57,7 +59,7 @@ class LoRALinearGroup(torch.autograd.Function):
         )
         dx, *grads = first_order_only(
             "lora_linear_group",
-            dx if need[0] else None,
+            like_rows_of(x, dx) if need[0] else None,
             *(
                 bias_gradient(dy, bias) if wanted and bias is not None else None
                 for dy, bias, wanted in zip(whole, biases, need_bias, strict=True)

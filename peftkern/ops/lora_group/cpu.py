@@ -36,7 +36,7 @@ def lora_linear_group(
     """All S into one tensor; each low-rank term is the last steps of its base product's sum."""
     m, k = x.shape
     ranks = sum(a.shape[0] for a in lora_A)
-    s = torch.empty((m, ranks), dtype=torch.float32)
+    s = torch.empty(m, ranks, dtype=torch.float32)
     ys, members = [], []
     for i, n in enumerate(out_features):
         base, bias = None, biases[i]
@@ -44,7 +44,7 @@ def lora_linear_group(
             y = torch.nn.functional.linear(x, weights[i], bias)
             bias = None
         else:
-            y = torch.empty((m, n), dtype=x.dtype)
+            y = torch.empty(m, n, dtype=x.dtype)
             statistics = (absmax[i], nested_absmax[i], nested_offset[i])
             stored = (weights[i], *statistics, formats[i], blocksizes[i])
             base = native_base(*stored, (n, k), x.dtype)
@@ -100,7 +100,7 @@ def lora_linear_group_backward(
     """dx is one product over all members: it is written once, whatever their number."""
     m, k = x.shape
     ranks = s.shape[1]
-    ds = torch.empty((m, ranks), dtype=torch.float32)
+    ds = torch.empty(m, ranks, dtype=torch.float32)
     dx = torch.empty((m, k) if need_dx else 0, dtype=x.dtype)
     das = [torch.empty(a.shape if need_dab else 0, dtype=a.dtype) for a in lora_A]
     dbs = [torch.empty(b.shape if need_dab else 0, dtype=b.dtype) for b in lora_B]

@@ -21,9 +21,7 @@ from peftkern.registry import implementation
 
 def _why_not(x: Tensor, lora_A: list[Tensor], lora_B: list[Tensor]) -> str | None:
     why = cuda_native.refusal(x)
-    for a, b in zip(lora_A, lora_B, strict=True):
-        why = thin.refusal(x, x.shape[1], a, b) if why is None else why
-    return why
+    return thin.refusal(x, x.shape[1], *lora_A, *lora_B) if why is None else why
 
 
 def _forward_refusal(
@@ -64,7 +62,7 @@ def lora_linear_group(
 ) -> tuple[list[Tensor], Tensor]:
     """Two launches a member; S is written where it belongs in the wide one."""
     columns = columns_of(lora_A)
-    wide = x.new_empty((x.shape[0], sum(a.shape[0] for a in lora_A)), dtype=torch.float32)
+    wide = x.new_empty(x.shape[0], sum(a.shape[0] for a in lora_A), dtype=torch.float32)
     ys = []
     for i, weight in enumerate(weights):
         statistics = (absmax[i], nested_absmax[i], nested_offset[i])
@@ -99,8 +97,8 @@ def _backward_refusal(
     need_dab: bool,
 ) -> str | None:
     why = _why_not(x, lora_A, lora_B)
-    for dy, a, b in zip(dys, lora_A, lora_B, strict=True):
-        why = thin.refusal(dy, dy.shape[1], a, b) if why is None else why
+    for dy in dys:
+        why = thin.refusal(dy, dy.shape[1]) if why is None else why
     return why
 
 
