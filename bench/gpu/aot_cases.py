@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.gpu.aot import signature
 from peftkern import registry
+from peftkern.testing import map_tensors
 from peftkern.triton_kernels.launch import Launch, recording
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -133,6 +135,9 @@ def _prefix_calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         lse = _meta(4, 32, 2048, dtype=_FP32)
         saved = (dout, q, k, v, pk, pv, out, lse)
         yield "prefix_attention_backward", what, (*saved, *tail, True, True)
+        if d == 128 and not masked:
+            yield "prefix_attention_backward", what + " prefix alone", (*saved, *tail, False, True)
+            yield "prefix_attention_backward", what + " no prefix", (*saved, *tail, True, False)
 
 
 def _multi_lora_calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
@@ -210,6 +215,30 @@ def _optimizer_calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         hyper = _meta(1, 11, dtype=_FP32)
         yield "optimizer_step", what, (hyper, *tensors, scale, scale * two, rule, rounding)
     yield "optimizer_grad_norm", "bf16", (_meta(0, dtype=_FP32), [_meta(n)])
+
+
+def sampled(dtypes: tuple[torch.dtype, ...]) -> list[tuple[str, Launch]]:
+    """(op and sample, launch) of what the contracts' samples launch: each optional argument's ways.
+
+    Shapes are small; what is compiled for them differs in types, absent arguments and switches.
+    """
+    found: dict[tuple[Any, ...], tuple[str, Launch]] = {}
+    for op, spec in registry.specs().items():
+        rows = [r for r in registry.implementations(op, "cuda") if r.backend == "triton"]
+        for dtype in spec.dtypes if rows else ():
+            if dtype not in dtypes:
+                continue
+            for sample in spec.samples(dtype):
+                args = map_tensors(lambda t: t.to("meta"), sample.args)
+                if op.startswith("quantize"):  # what is not finite is looked at: not on "meta"
+                    args = tuple(False if type(a) is bool else a for a in args)
+                with recording() as recorded, torch.no_grad():
+                    rows[0].fn(*args)
+                for launch in recorded:
+                    types, constants, _ = signature(launch)
+                    key = (launch.kernel.__name__, *types.items(), *constants.items())
+                    found.setdefault(key, (f"{op} {sample.name} {dtype}", launch))
+    return list(found.values())
 
 
 def launches() -> list[tuple[str, Launch]]:
