@@ -142,7 +142,7 @@ def _expand_kernel(
             mask=mask_r[:, None] & (offs_n < N)[None, :],
             other=0.0,
         )
-        h = _as_operand(activate(z, ACT), w_ptr, PRECISION, INTERPRET)
+        h = _as_operand(activate(z, ACT, PRECISION != "native"), w_ptr, PRECISION, INTERPRET)
         acc = dot(h, w, acc, PRECISION, INTERPRET)
     _output_tile(
         acc, residual, m_0, n_0, M, N, up_b_ptr, scale_ptr, seed_ptr, out_ptr, threshold,
@@ -173,7 +173,7 @@ def _hidden_kernel(
     if HAS_DOWN_BIAS:
         z += to_fp32(tl.load(down_b_ptr + offs % R, mask=mask, other=0.0), INTERPRET)
     tl.store(z_ptr + offs, z, mask=mask)
-    h = round_to(activate(z, ACT), h_ptr.dtype.element_ty, INTERPRET)
+    h = round_to(activate(z, ACT, True), h_ptr.dtype.element_ty, INTERPRET)
     tl.store(h_ptr + offs, h, mask=mask)
 
 
@@ -361,7 +361,7 @@ def _middle_kernel(
         dh += tl.load(pointers, mask=mask, other=0.0)
         pointers += numel
     z = tl.load(z_ptr + offs, mask=mask, other=0.0)
-    tl.store(dz_ptr + offs, dh * slope(z, ACT), mask=mask)
+    tl.store(dz_ptr + offs, dh * slope(z, ACT, True), mask=mask)
 
 
 @triton.jit

@@ -98,7 +98,7 @@ def _bottleneck_kernel(
         x_ptr, down_w_ptr, down_b_ptr, offs_m, offs_r, M, C, R, HAS_DOWN_BIAS, PRECISION, BLOCK_M,
         BLOCK_C, BLOCK_R, INTERPRET,
     )  # fmt: skip
-    h = _as_operand(activate(z, ACT), up_w_ptr, PRECISION, INTERPRET)
+    h = _as_operand(activate(z, ACT, PRECISION != "native"), up_w_ptr, PRECISION, INTERPRET)
     # Loaded a turn ahead: the sum does not wait for it.
     residual = _residual_tile(residual_ptr, m_0, 0, M, N, HAS_RESIDUAL, BLOCK_M, BLOCK_N)
     for n_0 in range(0, N, BLOCK_N):
@@ -172,11 +172,11 @@ def _bottleneck_backward_kernel(
         )  # fmt: skip
         u = _scaled_rows(up_w_ptr, scale_ptr, offs_n, offs_r, N, R, SCALES, PRECISION, INTERPRET)
         dh = dot(g, u, dh, PRECISION, INTERPRET)
-    dz = dh * slope(z, ACT)
+    dz = dh * slope(z, ACT, PRECISION != "native")
     if NEED_DW:
         small = offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
         mask = (offs_m < M)[:, None] & mask_r[None, :]
-        h = round_to(activate(z, ACT), h_ptr.dtype.element_ty, INTERPRET)
+        h = round_to(activate(z, ACT, PRECISION != "native"), h_ptr.dtype.element_ty, INTERPRET)
         tl.store(h_ptr + small, h, mask=mask)
         tl.store(dz_ptr + small, dz, mask=mask)
     if NEED_DX:

@@ -71,7 +71,9 @@ def bottleneck_config(
     block_r = _power(rank)
     wide = not fp32 and block_m <= 64 and block_r <= 64 and not backward
     warps = 8 if block_m == 128 or block_m * block_r >= 64 * 128 else 4
-    return BottleneckConfig(block_m, 128 if wide else 64, block_r, 1, warps, 3, 64)
+    # Tensor cores truncate what they add to a running sum: those that stay fp32 are kept short.
+    block_c = 32 if fp32 else 128 if wide else 64
+    return BottleneckConfig(block_m, block_c, block_r, 1, warps, 3, 64)
 
 
 def expand_config(m: int, rank: int, fp32: bool) -> RankConfig:
