@@ -2,7 +2,7 @@
 
 Online softmax and its gradient by the row's log-sum-exp (Dao et al. 2022, arXiv 2205.14135). Every
 sum is made by one program in fixed order; prefix gradients are parts by batch row and head of a
-group, added in order by ``_sum_kernel``.
+group, added in fixed order by ``_sum_kernel``.
 """
 
 # mypy: disable-error-code="no-untyped-def"
