@@ -85,7 +85,9 @@ def _calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
 
 def _bottleneck_calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     seed = _meta(1, dtype=torch.int64)
-    for m, r, adapter, p, act in (
+    for m, r, adapter, p, act, *given in (
+        (8, 64, _FP32, 0.1, "gelu", _FP16),
+        (2048, 16, _FP32, 0.0, "relu", _FP32),
         (8, 64, _BF16, 0.0, "relu"),
         (2048, 64, _BF16, 0.0, "gelu"),
         (8192, 16, _BF16, 0.1, "gelu_tanh"),
@@ -97,13 +99,15 @@ def _bottleneck_calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         (8192, 256, _BF16, 0.0, "relu"),
         (8192, 256, _FP32, 0.1, "relu"),
     ):
-        x, dy = _meta(m, _K), _meta(m, _N)
+        dtype = given[0] if given else _BF16
+        x, dy = _meta(m, _K, dtype=dtype), _meta(m, _N, dtype=dtype)
         shapes = ((r, _K), (r,), (_N, r), (_N,), (_N,))
         weights = [_meta(*shape, dtype=adapter) for shape in shapes]
         what = f"m{m} r{r} {str(adapter).removeprefix('torch.')} {act} p{p}"
         tail = (act, p, seed if p else None)
-        yield "bottleneck_adapter", what, (x, *weights, x, *tail)
-        yield "bottleneck_adapter_backward", what, (dy, x, *weights, *tail, True, True, True)
+        z = _meta(m, r, dtype=adapter)
+        yield "bottleneck_adapter", what, (x, *weights, x, *tail, True)
+        yield "bottleneck_adapter_backward", what, (dy, x, z, *weights, *tail, True, True, True)
 
 
 def _gated_calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:

@@ -143,42 +143,51 @@ def dora(fmt: str, m: int, d: int, r: int) -> Iterator[Group]:
     yield f"dora {fmt} m{m} d{d} r{r}", rows, 10 * m * d, 4 * m * d * d
 
 
-def bottleneck(m: int, d: int, rank: int) -> Iterator[Group]:
-    """A bottleneck adapter with residual beside eager torch and a copy of the activations."""
+def bottleneck(m: int, d: int, rank: int, kind: torch.dtype = BF16) -> Iterator[Group]:
+    """A bottleneck adapter with residual beside eager torch and a copy of the activations.
+
+    ``kind`` is the weights' dtype; eager torch rounds fp32 ones, as under autocast.
+    """
+    from peftkern.ops.bottleneck import rows
     from peftkern.ops.bottleneck import triton as ways
 
     x, dy = _randn(m, d).requires_grad_(), _randn(m, d)
     shapes = ((rank, d), (rank,), (d, rank), (d,))
-    weights = [(0.05 * _randn(*s)).requires_grad_() for s in shapes]
+    weights = [(0.05 * _randn(*s)).to(kind).requires_grad_() for s in shapes]
     target = torch.empty_like(dy)
 
     def ours() -> Tensor:
         return F.bottleneck_adapter(x, *weights, activation="relu", residual=x)
 
     def eager() -> Tensor:
-        return x + linear(torch.relu(linear(x, *weights[:2])), *weights[2:])
+        down_w, down_b, up_w, up_b = (w.to(BF16) for w in weights)
+        return x + linear(torch.relu(linear(x, down_w, down_b)), up_w, up_b)
 
-    def in_tiles(size: int, call: Call) -> Contender:
-        """By whole rows, so many a program; 0: by passes."""
+    def by(way: str, call: Call, size: int = 0) -> Contender:
+        """By one way; by whole rows in programs of ``size``."""
         warps = 8 if size == 128 or size * rank >= 64 * 128 else 4
-        config = BottleneckConfig(size, 64, max(16, rank), 1, warps, 3, 64) if size else None
+        config = BottleneckConfig(size, 64, max(16, rank), 1, warps, 3, 64)
 
         def run() -> Any:
-            with mock.patch.object(ways, "bottleneck_config", return_value=config):
+            with (
+                mock.patch.object(ways, "bottleneck_way", return_value=way),
+                mock.patch.object(rows, "rows_config", return_value=config),
+            ):
                 return call()
 
-        return Contender(f"{size} rows" if size else "passes", [run])
+        return Contender(f"{way} {size or ''}", [run])
 
     quiet, floor = torch.no_grad(), Contender("copy of x", [lambda: target.copy_(dy)])
-    name, over = f"bottleneck m{m} d{d} r{rank}", [x, *weights]
+    name, over = f"bottleneck m{m} d{d} r{rank}" + " fp32" * (kind == FP32), [x, *weights]
     calls = {
         "forward": (quiet(ours), quiet(eager), 4),
         "both": (_step(ours, over, dy), _step(eager, over, dy), 12),
     }
     for kind, (mine, plain, factor) in calls.items():
-        rows = [floor, Contender("peftkern", [mine]), Contender("eager", [plain])]
-        rows += [in_tiles(size, mine) for size in (32, 64, 128, 0)]
-        yield f"{name} {kind}", rows, factor * m * d, factor * m * d * rank
+        players = [floor, Contender("peftkern", [mine]), Contender("eager", [plain])]
+        players += [by("rows", mine, size) for size in (32, 64, 128)]
+        players += [by(way, mine) for way in ("library", "passes")]
+        yield f"{name} {kind}", players, factor * m * d, factor * m * d * rank
 
 
 def groups(quick: bool, dry: bool) -> Iterator[partial[Iterator[Group]]]:
@@ -192,6 +201,7 @@ def groups(quick: bool, dry: bool) -> Iterator[partial[Iterator[Group]]]:
     yield partial(prefix, 4, 32, 8, 2048, 64, 128)
     for rank in (64, 16, 128):
         yield partial(bottleneck, 4096, 4096, rank)
+    yield partial(bottleneck, 4096, 4096, 64, FP32)
     for fmt in ("dense", "nf4"):
         yield partial(dora, fmt, 4096, 4096, 16)
     for density in (0.001, 0.01, 0.05):
