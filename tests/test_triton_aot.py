@@ -10,8 +10,10 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bench.gpu.aot import Binary, compile_launch
-from bench.gpu.aot_cases import launches
+import torch
+
+from bench.gpu.aot import Binary, compile_launch, lower
+from bench.gpu.aot_cases import launches, sampled
 from peftkern import triton_kernels
 from peftkern.triton_kernels.launch import Launch
 
@@ -75,6 +77,18 @@ def test_compiles_within_its_budget(launch: Launch, arch: int) -> None:
     if binary.kernel in ("_shrink_kernel", "_adapter_gradient_kernel", "_down_gradient_kernel"):
         assert binary.count("HGMMA") + binary.count("HMMA") > 0
         assert binary.count("RED") + binary.count("ATOM") == 0, "an atomic in a float reduction"
+
+
+@pytest.mark.slow
+def test_every_sample_passes_the_front_end() -> None:
+    """What absent arguments and switches leave of a kernel still is one; the interpreter is lax."""
+    failures = []
+    for label, launch in sampled((torch.bfloat16, torch.float32)):
+        try:
+            assert "tt.func" in lower(launch, 90)
+        except Exception as error:
+            failures.append(f"{label}, {launch.kernel.__name__}: {str(error)[-300:]}")
+    assert not failures, "\n\n".join(failures)
 
 
 def test_every_kernel_is_covered() -> None:

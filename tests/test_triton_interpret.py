@@ -86,12 +86,23 @@ def _smaller(config: Any) -> Any:
     return dataclasses.replace(config, **changes)
 
 
-def _use_small_tiles(by_passes: bool) -> None:
+def _use_way(way: str) -> None:
+    """The bottleneck by one of its ways wherever that can take it."""
+    from peftkern.ops.bottleneck import triton as ways
+    from peftkern.tuning.bottleneck import _LARGEST_RANK
+
+    def chosen(m: int, c: int, n: int, rank: int, fp32: bool, back: bool, products: bool) -> str:
+        takes = {"rows": rank <= _LARGEST_RANK[fp32], "library": products, "passes": True}
+        return way if takes[way] else "passes"
+
+    ways.bottleneck_way = chosen
+
+
+def _use_small_tiles() -> None:
     """Heuristics give the least tiles, paths for many rows open with few, rules are reversed."""
     from peftkern.tuning import bottleneck, configs, sparse
 
     configs._WANTED_PROGRAMS = sparse._WANTED_PROGRAMS = bottleneck._WANTED_PROGRAMS = 4
-    bottleneck._LAUNCHES_PS = -1e15 if by_passes else 1e15
     found = {**vars(configs), **vars(sparse), **vars(bottleneck)}
     functions = {name: value for name, value in found.items() if name.endswith("_config")}
     rules = {name: value for name, value in vars(sparse).items() if name.endswith(("win", "wins"))}
@@ -210,11 +221,12 @@ def test_prefix_share(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("way", ["rows", "passes", "library"])
 @pytest.mark.parametrize("name", ["bottleneck_adapter", "bottleneck_adapter_backward"])
-def test_bottleneck_by_passes(name: str) -> None:
-    """What serves few wide rows, which samples of this size are not."""
-    report = _report("bottleneck", "passes")
-    cell = report.get("", {}) or report[f"{name} {torch.float16}"]
+def test_bottleneck_by_every_way(name: str, way: str) -> None:
+    report = _report("bottleneck", way)
+    dtype = torch.bfloat16 if way == "library" else torch.float16
+    cell = report.get("", {}) or report[f"{name} {dtype}"]
     assert not cell["failures"], "\n".join(cell["failures"])
     assert cell["ran"] >= 5
 
@@ -244,8 +256,12 @@ if __name__ == "__main__":
     kind = sys.argv[2] if len(sys.argv) > 2 else ""
     dtypes: tuple[torch.dtype, ...] | None = None
     if kind:
-        _use_small_tiles(by_passes=kind == "passes")
+        _use_small_tiles()
         dtypes = (torch.float16,)
+    if kind in ("rows", "passes", "library"):
+        _use_way(kind)
+    if kind == "library":  # fp32 weights in parts are for bf16 alone
+        dtypes = (torch.bfloat16, torch.float16)
     if kind == "torchs":
         _use_torchs_attention()
         dtypes = (torch.bfloat16, torch.float16)

@@ -56,7 +56,7 @@ class Binary:
         return sum(re.match(pattern, opcode) is not None for opcode in self.sass)
 
 
-def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
+def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
     """What Triton's launcher would specialise on; data pointers count as aligned to 16 bytes."""
     types: dict[str, str] = {}
     constants: dict[str, Any] = {}
@@ -102,13 +102,30 @@ def _longest_loop(sass: str) -> int:
     return longest
 
 
+def lower(launch: Launch, arch: int) -> str:
+    """Triton's own IR of what ``launch`` would run: the front end alone, 20 times as fast."""
+    from triton._C.libtriton import ir
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    options = backend.parse_options({k: v for k, v in launch.options.items() if k in _OPTIONS})
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    source = ASTSource(launch.kernel, *signature(launch))
+    tools = (backend.get_codegen_implementation(options), backend.get_module_map())
+    return str(source.make_ir(target, options, *tools, context))
+
+
 def compile_launch(launch: Launch, arch: int) -> Binary:
     """Compile what ``launch`` would run, for compute capability ``arch`` (80, 90); needs no GPU."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    types, constants, attributes = _signature(launch)
+    types, constants, attributes = signature(launch)
     source = ASTSource(launch.kernel, types, constants, attributes)
     options = {k: v for k, v in launch.options.items() if k in _OPTIONS}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

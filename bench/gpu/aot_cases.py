@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.gpu.aot import signature
 from peftkern import registry
+from peftkern.testing import map_tensors
 from peftkern.triton_kernels.launch import Launch, recording
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -83,7 +85,9 @@ def _calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
 
 def _bottleneck_calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     seed = _meta(1, dtype=torch.int64)
-    for m, r, adapter, p, act in (
+    for m, r, adapter, p, act, *given in (
+        (8, 64, _FP32, 0.1, "gelu", _FP16),
+        (2048, 16, _FP32, 0.0, "relu", _FP32),
         (8, 64, _BF16, 0.0, "relu"),
         (2048, 64, _BF16, 0.0, "gelu"),
         (8192, 16, _BF16, 0.1, "gelu_tanh"),
@@ -95,13 +99,15 @@ def _bottleneck_calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         (8192, 256, _BF16, 0.0, "relu"),
         (8192, 256, _FP32, 0.1, "relu"),
     ):
-        x, dy = _meta(m, _K), _meta(m, _N)
+        dtype = given[0] if given else _BF16
+        x, dy = _meta(m, _K, dtype=dtype), _meta(m, _N, dtype=dtype)
         shapes = ((r, _K), (r,), (_N, r), (_N,), (_N,))
         weights = [_meta(*shape, dtype=adapter) for shape in shapes]
         what = f"m{m} r{r} {str(adapter).removeprefix('torch.')} {act} p{p}"
         tail = (act, p, seed if p else None)
-        yield "bottleneck_adapter", what, (x, *weights, x, *tail)
-        yield "bottleneck_adapter_backward", what, (dy, x, *weights, *tail, True, True, True)
+        z = _meta(m, r, dtype=adapter)
+        yield "bottleneck_adapter", what, (x, *weights, x, *tail, True)
+        yield "bottleneck_adapter_backward", what, (dy, x, z, *weights, *tail, True, True, True)
 
 
 def _gated_calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
@@ -133,6 +139,9 @@ def _prefix_calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         lse = _meta(4, 32, 2048, dtype=_FP32)
         saved = (dout, q, k, v, pk, pv, out, lse)
         yield "prefix_attention_backward", what, (*saved, *tail, True, True)
+        if d == 128 and not masked:
+            yield "prefix_attention_backward", what + " prefix alone", (*saved, *tail, False, True)
+            yield "prefix_attention_backward", what + " no prefix", (*saved, *tail, True, False)
 
 
 def _multi_lora_calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
@@ -210,6 +219,30 @@ def _optimizer_calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         hyper = _meta(1, 11, dtype=_FP32)
         yield "optimizer_step", what, (hyper, *tensors, scale, scale * two, rule, rounding)
     yield "optimizer_grad_norm", "bf16", (_meta(0, dtype=_FP32), [_meta(n)])
+
+
+def sampled(dtypes: tuple[torch.dtype, ...]) -> list[tuple[str, Launch]]:
+    """(op and sample, launch) of what the contracts' samples launch: each optional argument's ways.
+
+    Shapes are small; what is compiled for them differs in types, absent arguments and switches.
+    """
+    found: dict[tuple[Any, ...], tuple[str, Launch]] = {}
+    for op, spec in registry.specs().items():
+        rows = [r for r in registry.implementations(op, "cuda") if r.backend == "triton"]
+        for dtype in spec.dtypes if rows else ():
+            if dtype not in dtypes:
+                continue
+            for sample in spec.samples(dtype):
+                args = map_tensors(lambda t: t.to("meta"), sample.args)
+                if op.startswith("quantize"):  # what is not finite is looked at: not on "meta"
+                    args = tuple(False if type(a) is bool else a for a in args)
+                with recording() as recorded, torch.no_grad():
+                    rows[0].fn(*args)
+                for launch in recorded:
+                    types, constants, _ = signature(launch)
+                    key = (launch.kernel.__name__, *types.items(), *constants.items())
+                    found.setdefault(key, (f"{op} {sample.name} {dtype}", launch))
+    return list(found.values())
 
 
 def launches() -> list[tuple[str, Launch]]:

@@ -271,13 +271,13 @@ def prefix(batch: int, heads: int, kv: int, length: int, p: int, d: int) -> Any:
         if (gone := _missing("prefix_attention")) is not None:
             return gone
 
-        def leaf(*shape: int) -> Tensor:
-            return torch.randn(*shape, device=device).to(BF16).requires_grad_()
+        def heads_of(count: int) -> Tensor:
+            """As projections leave them: [B, L, H, D], seen through a transpose."""
+            return torch.randn(batch, length, count, d, device=device).to(BF16).transpose(1, 2)
 
-        q = leaf(batch, heads, length, d)
-        k, v = leaf(batch, kv, length, d), leaf(batch, kv, length, d)
-        pk_, pv = leaf(kv, p, d), leaf(kv, p, d)
-        dy = torch.randn(batch, heads, length, d, device=device).to(BF16)
+        q, k, v = (heads_of(n).requires_grad_() for n in (heads, kv, kv))
+        pk_, pv = (torch.randn(kv, p, d, device=device).to(BF16).requires_grad_() for _ in "kv")
+        dy = heads_of(heads)
         attention = torch.nn.functional.scaled_dot_product_attention
 
         def ours() -> Any:

@@ -20,6 +20,7 @@ TEST_FILES = (
     "tests/test_ops.py",
     "tests/test_grad.py",
     "tests/test_gpu.py",
+    "tests/test_gpu_methods.py",
     "tests/test_optim_gpu.py",
     "tests/test_pager_gpu.py",
 )

@@ -61,7 +61,8 @@ def copies_for(weight_bytes: int, device: torch.device) -> int:
     return max(1, min(64, math.ceil(2 * cache / max(weight_bytes, 1))))
 
 
-def _short(error: BaseException) -> str:
+def short(error: BaseException) -> str:
+    """The first line of what an error says."""
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
 
 
@@ -127,7 +128,7 @@ class Ruler:
                 self._wait()
                 ready.append(c)
             except Exception as error:
-                timings[c.name].error = _short(error)
+                timings[c.name].error = short(error)
         collecting = gc.isenabled()
         gc.disable()
         try:
@@ -171,7 +172,7 @@ class Ruler:
                 replay()
                 self._wait()
             except Exception as error:
-                timings[c.name].graph_error = _short(error)
+                timings[c.name].graph_error = short(error)
                 continue
 
             def play(
@@ -213,7 +214,7 @@ def measure_ceiling(ruler: Ruler) -> Ceiling:
     target = torch.empty_like(source)
     a = torch.randn(side, side, device=device).to(torch.bfloat16)
     b = torch.randn(side, side, device=device).to(torch.bfloat16)
-    host = torch.empty(size // 4, dtype=torch.int8, pin_memory=ruler.real)
+    host = torch.empty(size // 4, dtype=torch.int8, device="cpu", pin_memory=ruler.real)
     part = target[: size // 4]
     times = ruler.compare(
         [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 import peftkern as pk
-from bench.gpu.timing import Contender, Ruler, measure_ceiling
+from bench.gpu.timing import Ceiling, Contender, Ruler, measure_ceiling, short
 from peftkern.ops.prefix import library
 from peftkern.triton_kernels.matmul import Base
 from peftkern.tuning.bottleneck import BottleneckConfig
@@ -142,71 +143,97 @@ def dora(fmt: str, m: int, d: int, r: int) -> Iterator[Group]:
     yield f"dora {fmt} m{m} d{d} r{r}", rows, 10 * m * d, 4 * m * d * d
 
 
-def bottleneck(m: int, d: int, rank: int) -> Iterator[Group]:
-    """A bottleneck adapter with residual beside eager torch and a copy of the activations."""
+def bottleneck(m: int, d: int, rank: int, kind: torch.dtype = BF16) -> Iterator[Group]:
+    """A bottleneck adapter with residual beside eager torch and a copy of the activations.
+
+    ``kind`` is the weights' dtype; eager torch rounds fp32 ones, as under autocast.
+    """
+    from peftkern.ops.bottleneck import rows
     from peftkern.ops.bottleneck import triton as ways
 
     x, dy = _randn(m, d).requires_grad_(), _randn(m, d)
     shapes = ((rank, d), (rank,), (d, rank), (d,))
-    weights = [(0.05 * _randn(*s)).requires_grad_() for s in shapes]
+    weights = [(0.05 * _randn(*s)).to(kind).requires_grad_() for s in shapes]
     target = torch.empty_like(dy)
 
     def ours() -> Tensor:
         return F.bottleneck_adapter(x, *weights, activation="relu", residual=x)
 
     def eager() -> Tensor:
-        return x + linear(torch.relu(linear(x, *weights[:2])), *weights[2:])
+        down_w, down_b, up_w, up_b = (w.to(BF16) for w in weights)
+        return x + linear(torch.relu(linear(x, down_w, down_b)), up_w, up_b)
 
-    def in_tiles(size: int, call: Call) -> Contender:
-        """By whole rows, so many a program; 0: by passes."""
+    def by(way: str, call: Call, size: int = 0) -> Contender:
+        """By one way; by whole rows in programs of ``size``."""
         warps = 8 if size == 128 or size * rank >= 64 * 128 else 4
-        config = BottleneckConfig(size, 64, max(16, rank), 1, warps, 3, 64) if size else None
+        config = BottleneckConfig(size, 64, max(16, rank), 1, warps, 3, 64)
 
         def run() -> Any:
-            with mock.patch.object(ways, "bottleneck_config", return_value=config):
+            with (
+                mock.patch.object(ways, "bottleneck_way", return_value=way),
+                mock.patch.object(rows, "rows_config", return_value=config),
+            ):
                 return call()
 
-        return Contender(f"{size} rows" if size else "passes", [run])
+        return Contender(f"{way} {size or ''}", [run])
 
     quiet, floor = torch.no_grad(), Contender("copy of x", [lambda: target.copy_(dy)])
-    name, over = f"bottleneck m{m} d{d} r{rank}", [x, *weights]
+    name, over = f"bottleneck m{m} d{d} r{rank}" + " fp32" * (kind == FP32), [x, *weights]
     calls = {
         "forward": (quiet(ours), quiet(eager), 4),
         "both": (_step(ours, over, dy), _step(eager, over, dy), 12),
     }
     for kind, (mine, plain, factor) in calls.items():
-        rows = [floor, Contender("peftkern", [mine]), Contender("eager", [plain])]
-        rows += [in_tiles(size, mine) for size in (32, 64, 128, 0)]
-        yield f"{name} {kind}", rows, factor * m * d, factor * m * d * rank
+        players = [floor, Contender("peftkern", [mine]), Contender("eager", [plain])]
+        players += [by("rows", mine, size) for size in (32, 64, 128)]
+        players += [by(way, mine) for way in ("library", "passes")]
+        yield f"{name} {kind}", players, factor * m * d, factor * m * d * rank
 
 
-def groups(quick: bool, dry: bool) -> Iterator[Group]:
-    """All comparisons, those that decide the most first."""
+def groups(quick: bool, dry: bool) -> Iterator[partial[Iterator[Group]]]:
+    """All comparisons, those that decide the most first; each is made when it is its turn."""
     if dry:
-        yield from prefix(1, 2, 1, 16, 4, 16)
-        yield from sparse(8, 32, 32, 0.05)
-        yield from dora("dense", 8, 32, 4)
-        yield from bottleneck(8, 32, 8)
+        yield partial(prefix, 1, 2, 1, 16, 4, 16)
+        yield partial(bottleneck, 8, 32, 8)
+        yield partial(dora, "dense", 8, 32, 4)
+        yield partial(sparse, 8, 32, 32, 0.05)
         return
-    yield from prefix(4, 32, 8, 2048, 64, 128)
+    yield partial(prefix, 4, 32, 8, 2048, 64, 128)
+    for rank in (64, 16, 128):
+        yield partial(bottleneck, 4096, 4096, rank)
+    yield partial(bottleneck, 4096, 4096, 64, FP32)
     for fmt in ("dense", "nf4"):
-        yield from dora(fmt, 4096, 4096, 16)
-    for rank in (16, 64, 128):
-        yield from bottleneck(4096, 4096, rank)
+        yield partial(dora, fmt, 4096, 4096, 16)
     for density in (0.001, 0.01, 0.05):
-        yield from sparse(4096, 4096, 4096, density)
+        yield partial(sparse, 4096, 4096, 4096, density)
     if quick:
         return
-    yield from prefix(4, 32, 32, 2048, 64, 64)
-    yield from prefix(1, 32, 8, 8192, 64, 128)
-    yield from bottleneck(16384, 4096, 64)
+    yield partial(prefix, 4, 32, 32, 2048, 64, 64)
+    yield partial(prefix, 1, 32, 8, 8192, 64, 128)
+    yield partial(bottleneck, 16384, 4096, 64)
     for m in (128, 16384):
         for density in (0.001, 0.01):
-            yield from sparse(m, 4096, 4096, density)
+            yield partial(sparse, m, 4096, 4096, density)
+
+
+def _show(ruler: Ruler, ceiling: Ceiling, group: Group) -> None:
+    name, contenders, traffic, flops = group
+    print(f"\n{name}: floor {ceiling.seconds(traffic, flops) * 1e6:.1f} us", flush=True)
+    timings = ruler.compare(contenders)
+    first = timings[contenders[0].name]
+    for c in contenders:
+        t = timings[c.name]
+        cells = [f"{c.name:18}", t.error]
+        for way in ("graph", "events"):
+            taken, least = t.seconds(way), first.seconds(way)
+            if taken is not None:
+                share = "" if least is None else f" ({taken / least:5.2f}x)"
+                cells.append(f"{way} {taken * 1e6:9.1f} us{share}")
+        print("  " + " ".join(cells) + f" {t.graph_error[:80]}", flush=True)
 
 
 def main() -> None:
-    """Print one line for each contender as it is measured."""
+    """Print one line for each contender as it is measured; what fails is named and passed by."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the first shapes of each kind")
     parser.add_argument("--dry", action="store_true", help="rehearse tiny shapes on the CPU")
@@ -223,20 +250,17 @@ def main() -> None:
     speeds = f"{ceiling.bytes_per_s / 1e12:.2f} TB/s, {ceiling.flop_per_s / 1e12:.0f} TFLOP/s"
     print(f"{where}, torch {torch.__version__}: {speeds}")
     torch.manual_seed(0)
-    for name, contenders, traffic, flops in groups(given.quick, given.dry):
-        if given.only not in name:
-            continue
-        print(f"\n{name}: floor {ceiling.seconds(traffic, flops) * 1e6:.1f} us", flush=True)
-        timings = ruler.compare(contenders)
-        first = timings[contenders[0].name]
-        for c in contenders:
-            t = timings[c.name]
-            cells = [f"{c.name:18}", t.error]
-            for way in ("graph", "events"):
-                taken, least = t.seconds(way), first.seconds(way)
-                if taken is not None and least is not None:
-                    cells.append(f"{way} {taken * 1e6:9.1f} us ({taken / least:5.2f}x)")
-            print("  " + " ".join(cells) + f" {t.graph_error[:80]}", flush=True)
+    failed = 0
+    for make in groups(given.quick, given.dry):
+        try:
+            for group in make():
+                if given.only in group[0]:
+                    _show(ruler, ceiling, group)
+        except Exception as error:
+            failed += 1
+            print(f"\n{make.func.__name__}{make.args} failed: {short(error)}", flush=True)
+    if failed:
+        raise SystemExit(f"bench.gpu.ways: {failed} groups failed")
 
 
 if __name__ == "__main__":

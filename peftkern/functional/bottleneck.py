@@ -66,9 +66,9 @@ def bottleneck_adapter(
 ) -> Tensor:
     """``residual + dropout(scaling (act(x Dᵀ + b_d) Uᵀ + b_u))`` in one pass over x and y.
 
-    Saves x for the backward pass and nothing else: the bottleneck is computed again. Sources:
-    Houlsby et al. 2019 (arXiv 1902.00751), He et al. 2021 (arXiv 2110.04366); the order of the
-    operations is that of AdapterHub's ``adapters``.
+    Saves x for the backward pass, and on a GPU the bottleneck [..., r]. Sources: Houlsby et al.
+    2019 (arXiv 1902.00751), He et al. 2021 (arXiv 2110.04366); the order of the operations is that
+    of AdapterHub's ``adapters``.
 
     Args:
         x: [..., in], float32, bfloat16, float16 or float64.
@@ -124,7 +124,7 @@ def bottleneck_adapter(
     if needs_grad(x, flat, *weights):
         y = BottleneckAdapter.apply(x, *weights, None if same else flat, same, name, p, seed)
     else:
-        y = torch.ops.peftkern.bottleneck_adapter(x, *weights, flat, name, p, seed)
+        y, _ = torch.ops.peftkern.bottleneck_adapter(x, *weights, flat, name, p, seed, False)
     return y.view(*lead, out)
 
 

@@ -371,7 +371,7 @@ class BottleneckLayer(AdapterLayer):
         scale = adapter.scaling if isinstance(adapter.scaling, Tensor) else None
         x = torch.empty(8, self.width, dtype=down.weight.dtype, device=down.weight.device)
         weights = (down.weight, down.bias, up.weight, up.bias, scale)
-        return "bottleneck_adapter", (x, *weights, x, adapter.non_linearity, 0.0, None)
+        return "bottleneck_adapter", (x, *weights, x, adapter.non_linearity, 0.0, None, False)
 
     def extra_repr(self) -> str:
         return f"width={self.width}, active={','.join(self._active_adapter)!r}"

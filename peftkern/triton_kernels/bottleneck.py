@@ -14,6 +14,7 @@ import triton.language as tl
 from peftkern.triton_kernels.activations import activate, slope
 from peftkern.triton_kernels.device import keep_tile, round_to, to_fp32
 from peftkern.triton_kernels.low_rank import dot
+from peftkern.triton_kernels.parts import store_parts
 
 
 @triton.jit
@@ -99,6 +100,8 @@ def _expand_kernel(
     M,
     N,
     R,
+    stride_part,
+    stride_row,
     stride_n,
     stride_r,
     threshold,
@@ -117,7 +120,7 @@ def _expand_kernel(
     BLOCK_R: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """One tile of out from the sum of PARTS [M, R]: the second half of an adapter of few rows.
+    """One tile of out from the sum of PARTS [M, R]: the second half of an adapter.
 
     With W = D^T and no activation it is ``dx = dz D + residual``.
     """
@@ -133,8 +136,8 @@ def _expand_kernel(
         mask_mr = (offs_m < M)[:, None] & mask_r[None, :]
         z = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
         for part in tl.static_range(PARTS):
-            rows = parts_ptr + (part * M + offs_m).to(tl.int64)[:, None] * R
-            z += tl.load(rows + offs_r[None, :], mask=mask_mr, other=0.0)
+            rows = parts_ptr + part * stride_part + offs_m.to(tl.int64)[:, None] * stride_row
+            z += to_fp32(tl.load(rows + offs_r[None, :], mask=mask_mr, other=0.0), INTERPRET)
         if HAS_DOWN_BIAS:
             z += to_fp32(tl.load(down_b_ptr + offs_r, mask=mask_r, other=0.0), INTERPRET)[None, :]
         w = tl.load(
@@ -142,7 +145,7 @@ def _expand_kernel(
             mask=mask_r[:, None] & (offs_n < N)[None, :],
             other=0.0,
         )
-        h = _as_operand(activate(z, ACT), w_ptr, PRECISION, INTERPRET)
+        h = _as_operand(activate(z, ACT, PRECISION != "native"), w_ptr, PRECISION, INTERPRET)
         acc = dot(h, w, acc, PRECISION, INTERPRET)
     _output_tile(
         acc, residual, m_0, n_0, M, N, up_b_ptr, scale_ptr, seed_ptr, out_ptr, threshold,
@@ -158,23 +161,29 @@ def _hidden_kernel(
     h_ptr,
     numel,
     R,
+    stride_part,
+    stride_row,
     ACT: tl.constexpr,
     HAS_DOWN_BIAS: tl.constexpr,
     PARTS: tl.constexpr,
+    NEED_H: tl.constexpr,
     BLOCK: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """z [M, R], the sum of its parts and the bias, and h = act(z)."""
+    """z [M, R], the sum of its parts and the bias, and where needed h = act(z)."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < numel
     z = tl.zeros([BLOCK], tl.float32)
+    pointers = parts_ptr + offs // R * stride_row + offs % R
     for part in tl.static_range(PARTS):
-        z += tl.load(parts_ptr + part * numel + offs, mask=mask, other=0.0)
+        z += to_fp32(tl.load(pointers + part * stride_part, mask=mask, other=0.0), INTERPRET)
     if HAS_DOWN_BIAS:
         z += to_fp32(tl.load(down_b_ptr + offs % R, mask=mask, other=0.0), INTERPRET)
+    z = round_to(z, z_ptr.dtype.element_ty, INTERPRET)
     tl.store(z_ptr + offs, z, mask=mask)
-    h = round_to(activate(z, ACT), h_ptr.dtype.element_ty, INTERPRET)
-    tl.store(h_ptr + offs, h, mask=mask)
+    if NEED_H:
+        h = activate(to_fp32(z, INTERPRET), ACT, True)
+        tl.store(h_ptr + offs, round_to(h, h_ptr.dtype.element_ty, INTERPRET), mask=mask)
 
 
 @triton.jit
@@ -351,6 +360,7 @@ def _middle_kernel(
     parts,
     ACT: tl.constexpr,
     BLOCK: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):
     """dz = act'(z) times the sum of the parts of dh, in order."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -360,8 +370,45 @@ def _middle_kernel(
     for _ in range(parts):
         dh += tl.load(pointers, mask=mask, other=0.0)
         pointers += numel
-    z = tl.load(z_ptr + offs, mask=mask, other=0.0)
-    tl.store(dz_ptr + offs, dh * slope(z, ACT), mask=mask)
+    z = to_fp32(tl.load(z_ptr + offs, mask=mask, other=0.0), INTERPRET)
+    tl.store(dz_ptr + offs, dh * slope(z, ACT, True), mask=mask)
+
+
+@triton.jit
+def _turn_kernel(
+    dh_ptr,
+    z_ptr,
+    h_ptr,
+    dz_ptr,
+    M,
+    R,
+    COLUMNS,
+    ACT: tl.constexpr,
+    PARTS: tl.constexpr,
+    NEED_H: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """What products by a library take: h = act(z) [M, PARTS R + 8] and dz [M, PARTS R], in parts.
+
+    dh [M, PARTS R] is to be added up. The columns behind h are 1, 0, ...: with them a product with
+    h sums its other operand as well.
+    """
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    rows, cols = offs // COLUMNS, offs % COLUMNS  # COLUMNS: R and the eight behind
+    inside = rows < M
+    mask = inside & (cols < R)
+    z = to_fp32(tl.load(z_ptr + rows * R + cols, mask=mask, other=0.0), INTERPRET)
+    dh = tl.zeros([BLOCK], tl.float32)
+    wide = rows * (PARTS * R) + cols
+    for part in tl.static_range(PARTS):
+        dh += to_fp32(tl.load(dh_ptr + wide + part * R, mask=mask, other=0.0), INTERPRET)
+    store_parts(dz_ptr + wide, dh * slope(z, ACT, True), mask, R, PARTS, INTERPRET)
+    if NEED_H:
+        h_ptr += rows * (PARTS * R + 8) + cols
+        store_parts(h_ptr, activate(z, ACT, True), mask, R, PARTS, INTERPRET)
+        one = round_to(tl.where(cols == R, 1.0, 0.0), h_ptr.dtype.element_ty, INTERPRET)
+        tl.store(h_ptr + (PARTS - 1) * R, one, mask=inside & (cols >= R))
 
 
 @triton.jit
@@ -377,6 +424,11 @@ def _up_finish_kernel(
     N,
     R,
     parts,
+    stride_part,
+    stride_row,
+    q_parts,
+    stride_q_part,
+    stride_q_row,
     HAS_BIAS: tl.constexpr,
     SCALES: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -387,8 +439,9 @@ def _up_finish_kernel(
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     q = tl.zeros([BLOCK_N], tl.float32)
-    for part in range(parts):
-        q += tl.load(q_parts_ptr + part * N + offs_n, mask=mask_n, other=0.0)
+    rows_q = q_parts_ptr + offs_n.to(tl.int64) * stride_q_row
+    for part in range(q_parts):
+        q += tl.load(rows_q + part * stride_q_part, mask=mask_n, other=0.0)
     factor = tl.full([BLOCK_N], 1.0, tl.float32)
     if SCALES == 1:
         factor *= to_fp32(tl.load(scale_ptr), INTERPRET)
@@ -400,10 +453,10 @@ def _up_finish_kernel(
         offs_r = r_0 + tl.arange(0, BLOCK_R)
         mask = mask_n[:, None] & (offs_r < R)[None, :]
         p = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
-        pointers = p_parts_ptr + rows + offs_r[None, :]
+        pointers = p_parts_ptr + offs_n.to(tl.int64)[:, None] * stride_row + offs_r[None, :]
         for _ in range(parts):
             p += tl.load(pointers, mask=mask, other=0.0)
-            pointers += tl.cast(N, tl.int64) * R
+            pointers += stride_part
         value = round_to(p * factor[:, None], dup_w_ptr.dtype.element_ty, INTERPRET)
         tl.store(dup_w_ptr + rows + offs_r[None, :], value, mask=mask)
         if SCALES > 0:

@@ -69,6 +69,7 @@ def _bottleneck_kernel(
     scale_ptr,
     residual_ptr,
     seed_ptr,
+    z_ptr,
     out_ptr,
     M,
     N,
@@ -81,6 +82,7 @@ def _bottleneck_kernel(
     HAS_BIAS: tl.constexpr,
     SCALES: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    KEEP: tl.constexpr,
     DROPOUT: tl.constexpr,
     QUADS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -98,7 +100,11 @@ def _bottleneck_kernel(
         x_ptr, down_w_ptr, down_b_ptr, offs_m, offs_r, M, C, R, HAS_DOWN_BIAS, PRECISION, BLOCK_M,
         BLOCK_C, BLOCK_R, INTERPRET,
     )  # fmt: skip
-    h = _as_operand(activate(z, ACT), up_w_ptr, PRECISION, INTERPRET)
+    if KEEP:
+        small = offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
+        kept = round_to(z, z_ptr.dtype.element_ty, INTERPRET)
+        tl.store(z_ptr + small, kept, mask=(offs_m < M)[:, None] & mask_r[None, :])
+    h = _as_operand(activate(z, ACT, PRECISION != "native"), up_w_ptr, PRECISION, INTERPRET)
     # Loaded a turn ahead: the sum does not wait for it.
     residual = _residual_tile(residual_ptr, m_0, 0, M, N, HAS_RESIDUAL, BLOCK_M, BLOCK_N)
     for n_0 in range(0, N, BLOCK_N):
@@ -122,6 +128,7 @@ def _bottleneck_kernel(
 @triton.jit
 def _bottleneck_backward_kernel(
     x_ptr,
+    z_ptr,
     dy_ptr,
     down_w_ptr,
     down_b_ptr,
@@ -140,6 +147,7 @@ def _bottleneck_backward_kernel(
     ACT: tl.constexpr,
     HAS_DOWN_BIAS: tl.constexpr,
     SCALES: tl.constexpr,
+    HAS_Z: tl.constexpr,
     ADD_DY: tl.constexpr,
     NEED_DX: tl.constexpr,
     NEED_DW: tl.constexpr,
@@ -152,17 +160,22 @@ def _bottleneck_backward_kernel(
     BLOCK_R: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """BLOCK_M rows: the bottleneck again from x, its gradient from dy, then dx = dz D (+ dy).
+    """BLOCK_M rows: the bottleneck (again from x), its gradient from dy, then dx = dz D (+ dy).
 
     h and dz [M, R] are left for the gradients of the weights.
     """
     m_0 = tl.program_id(0) * BLOCK_M
     offs_m, offs_r = m_0 + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
     mask_r = offs_r < R
-    z = _down(
-        x_ptr, down_w_ptr, down_b_ptr, offs_m, offs_r, M, C, R, HAS_DOWN_BIAS, PRECISION, BLOCK_M,
-        BLOCK_C, BLOCK_R, INTERPRET,
-    )  # fmt: skip
+    small = offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
+    mask = (offs_m < M)[:, None] & mask_r[None, :]
+    if HAS_Z:
+        z = to_fp32(tl.load(z_ptr + small, mask=mask, other=0.0), INTERPRET)
+    else:
+        z = _down(
+            x_ptr, down_w_ptr, down_b_ptr, offs_m, offs_r, M, C, R, HAS_DOWN_BIAS, PRECISION,
+            BLOCK_M, BLOCK_C, BLOCK_R, INTERPRET,
+        )  # fmt: skip
     dh = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     for n_0 in range(0, N, BLOCK_N):
         offs_n = n_0 + tl.arange(0, BLOCK_N)
@@ -172,11 +185,9 @@ def _bottleneck_backward_kernel(
         )  # fmt: skip
         u = _scaled_rows(up_w_ptr, scale_ptr, offs_n, offs_r, N, R, SCALES, PRECISION, INTERPRET)
         dh = dot(g, u, dh, PRECISION, INTERPRET)
-    dz = dh * slope(z, ACT)
+    dz = dh * slope(z, ACT, PRECISION != "native")
     if NEED_DW:
-        small = offs_m.to(tl.int64)[:, None] * R + offs_r[None, :]
-        mask = (offs_m < M)[:, None] & mask_r[None, :]
-        h = round_to(activate(z, ACT), h_ptr.dtype.element_ty, INTERPRET)
+        h = round_to(activate(z, ACT, PRECISION != "native"), h_ptr.dtype.element_ty, INTERPRET)
         tl.store(h_ptr + small, h, mask=mask)
         tl.store(dz_ptr + small, dz, mask=mask)
     if NEED_DX:

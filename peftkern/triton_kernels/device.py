@@ -9,6 +9,7 @@ same values are made by other means, so that tests without a GPU see what a GPU 
 # Triton looks annotations of kernel arguments up as values, so only constexprs carry one.
 from __future__ import annotations
 
+import math
 import struct
 
 import triton
@@ -68,6 +69,9 @@ _DECODE_CONSTRAINTS: tl.constexpr = tl.constexpr("=r,=r,=r,=r,=r,=r,=r,=r,r")
 _NF4_VALUES: tl.constexpr = tl.constexpr(tuple(NF4))
 _FP4_VALUES: tl.constexpr = tl.constexpr(tuple(table_4bit("fp4").tolist()))
 _INT8_STEP: tl.constexpr = tl.constexpr(INT8_STEP)
+_LOG2_E: tl.constexpr = tl.constexpr(1.4426950216293335)  # rounded to fp32
+_LOG2_E_REST: tl.constexpr = tl.constexpr(math.log2(math.e) - 1.4426950216293335)
+_LN_2: tl.constexpr = tl.constexpr(math.log(2.0))
 
 
 @triton.jit
@@ -89,6 +93,16 @@ def round_to(x, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
         return top.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return x.to(DTYPE)
+
+
+@triton.jit
+def exp(x):
+    """e to the x in fp32 to about an ulp: ``tl.exp`` loses what rounding x log2(e) loses."""
+    high = x * _LOG2_E
+    low = tl.fma(x, _LOG2_E, -high) + x * _LOG2_E_REST
+    value = tl.exp2(high)
+    better = tl.fma(value, low * _LN_2, value)
+    return tl.where((better == better) & (value < float("inf")), better, value)
 
 
 @triton.jit

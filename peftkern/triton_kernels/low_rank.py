@@ -1,7 +1,7 @@
 """The passes of the low-rank term: S, dS with dB, dA. Long sums are cut into parts of fixed order.
 
 With ``x̂ = dropout(x)``: ``S = x̂ A^T``, ``dS = s dy B``, ``dB = s dy^T S``, ``dA = dS^T x̂``. No
-atomics: each part is written by one program, and ``_sum_kernel`` adds the parts in order.
+atomics: each part is written by one program, and ``_sum_kernel`` adds the parts in fixed order.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -224,16 +224,22 @@ def _down_gradient_kernel(
 
 @triton.jit
 def _sum_kernel(
-    parts_ptr, out_ptr, numel, parts, scaling, BLOCK: tl.constexpr, INTERPRET: tl.constexpr
+    parts_ptr,
+    out_ptr,
+    numel,
+    parts,
+    scaling,
+    BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):
-    """out[i] = scaling * (parts[0, i] + parts[1, i] + ...), in this order."""
+    """out[i] = scaling * (parts[0, i] + parts[1, i] + ...): AHEAD interleaved sums, then those."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < numel
-    acc = tl.zeros([BLOCK], tl.float32)
-    pointers = parts_ptr + offs
-    for _ in range(parts):
-        acc += tl.load(pointers, mask=mask, other=0.0)
-        pointers += numel
-    tl.store(
-        out_ptr + offs, round_to(acc * scaling, out_ptr.dtype.element_ty, INTERPRET), mask=mask
-    )
+    acc = tl.zeros([AHEAD, BLOCK], tl.float32)
+    for first in range(0, parts, AHEAD):
+        offs_p = first + tl.arange(0, AHEAD)
+        pointers = parts_ptr + offs_p.to(tl.int64)[:, None] * numel + offs[None, :]
+        acc += tl.load(pointers, mask=(offs_p < parts)[:, None] & mask[None, :], other=0.0)
+    value = round_to(tl.sum(acc, axis=0) * scaling, out_ptr.dtype.element_ty, INTERPRET)
+    tl.store(out_ptr + offs, value, mask=mask)

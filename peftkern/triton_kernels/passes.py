@@ -11,19 +11,20 @@ from peftkern.tuning.configs import adapter_gradient_config, down_gradient_confi
 
 
 def add_parts(parts: Tensor, out: Tensor, scaling: float) -> Tensor:
-    """``out = scaling * (parts[0] + parts[1] + ...)`` in this order."""
+    """``out = scaling * (parts[0] + parts[1] + ...)`` in a fixed order."""
     from peftkern.triton_kernels import low_rank
 
     launch(
         low_rank._sum_kernel,
-        -(-out.numel() // 1024),
+        -(-out.numel() // 256),
         out,
         parts,
         out,
         out.numel(),
         parts.shape[0],
         float(scaling),
-        BLOCK=1024,
+        BLOCK=256,
+        AHEAD=8,
         INTERPRET=interpreting(),
         num_warps=4,
     )

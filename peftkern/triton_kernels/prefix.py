@@ -2,7 +2,7 @@
 
 Online softmax and its gradient by the row's log-sum-exp (Dao et al. 2022, arXiv 2205.14135). Every
 sum is made by one program in fixed order; prefix gradients are parts by batch row and head of a
-group, added in order by ``_sum_kernel``.
+group, added in fixed order by ``_sum_kernel``.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from peftkern.triton_kernels.device import keep_tile, round_to, to_fp32
+from peftkern.triton_kernels.device import exp, keep_tile, round_to, to_fp32
 from peftkern.triton_kernels.low_rank import dot
 
 
@@ -70,10 +70,48 @@ def _visible(
 
 
 @triton.jit
-def _shares(s, lse):
+def _halves(x):
+    """The even and the odd columns of x [M, D]."""
+    return tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+
+
+@triton.jit
+def _joined_halves(a, b, acc, LEVELS: tl.constexpr, INTERPRET: tl.constexpr):
+    """acc + a b^T in 2 to the LEVELS products, each rounded when it is added."""
+    a_0, a_1 = _halves(a)
+    b_0, b_1 = _halves(b)
+    if LEVELS > 1:
+        acc = _joined_halves(a_0, b_0, acc, LEVELS - 1, INTERPRET)
+        return _joined_halves(a_1, b_1, acc, LEVELS - 1, INTERPRET)
+    else:
+        acc = dot(a_0, tl.trans(b_0), acc, "tf32x3", INTERPRET)
+        return dot(a_1, tl.trans(b_1), acc, "tf32x3", INTERPRET)
+
+
+@triton.jit
+def _against(a, b, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+    """a b^T. Tensor cores truncate what they add to a running sum: fp32 sums are kept short."""
+    acc = tl.zeros([a.shape[0], b.shape[0]], tl.float32)
+    if PRECISION == "tf32x3" and a.shape[1] > 32:
+        LEVELS: tl.constexpr = 2 if a.shape[1] > 64 else 1
+        return _joined_halves(a, b, acc, LEVELS, INTERPRET)
+    else:
+        return dot(a, tl.trans(b), acc, PRECISION, INTERPRET)
+
+
+@triton.jit
+def _exp(x, PRECISION: tl.constexpr):
+    if PRECISION == "tf32x3":
+        return exp(x)
+    else:
+        return tl.exp(x)
+
+
+@triton.jit
+def _shares(s, lse, PRECISION: tl.constexpr):
     """exp(s - lse); rows that see nothing give zeros."""
     safe = tl.where(lse == float("-inf"), 0.0, lse)
-    return tl.exp(s - safe[:, None])
+    return _exp(s - safe[:, None], PRECISION)
 
 
 @triton.jit
@@ -123,8 +161,8 @@ def _attend(
     """One step of the online softmax over the logits ``s`` of a tile of keys."""
     new = tl.maximum(top, tl.max(s, axis=1))
     safe = tl.where(new == float("-inf"), 0.0, new)
-    p = tl.exp(s - safe[:, None])
-    fade = tl.exp(top - safe)
+    p = _exp(s - safe[:, None], PRECISION)
+    fade = _exp(top - safe, PRECISION)
     total = total * fade + tl.sum(p, axis=1)
     p = _kept(
         p, row_0, col_0, cols, seed_ptr, threshold, keep_scale, DROPOUT, QUADS, BLOCK_M, BLOCK_N
@@ -199,8 +237,7 @@ def _prefix_forward_kernel(
         offs_n = n_0 + tl.arange(0, BLOCK_N)
         k = _rows(pk_ptr + prefix, offs_n, D, P, D, BLOCK_D, DTYPE, INTERPRET)
         v = _rows(pv_ptr + prefix, offs_n, D, P, D, BLOCK_D, DTYPE, INTERPRET)
-        s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        s = dot(q, tl.trans(k), s, PRECISION, INTERPRET) * scale
+        s = _against(q, k, PRECISION, INTERPRET) * scale
         s = tl.where((offs_n < P)[None, :], s, float("-inf"))
         acc, top, total = _attend(
             q, k, v, s, acc, top, total, row_0, n_0, P + Lk, seed_ptr, threshold, keep_scale,
@@ -217,8 +254,7 @@ def _prefix_forward_kernel(
         offs_n = n_0 + tl.arange(0, BLOCK_N)
         k = _rows(k_ptr, offs_n, stride_kn, Lk, D, BLOCK_D, DTYPE, INTERPRET)
         v = _rows(v_ptr, offs_n, stride_vn, Lk, D, BLOCK_D, DTYPE, INTERPRET)
-        s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        s = dot(q, tl.trans(k), s, PRECISION, INTERPRET) * scale
+        s = _against(q, k, PRECISION, INTERPRET) * scale
         s = _visible(
             s, offs_m, offs_n, Lq, Lk, mask_ptr, stride_mm, stride_mn, ATTN, CAUSAL, INTERPRET
         )
@@ -303,9 +339,8 @@ def _logit_gradient(
     INTERPRET: tl.constexpr,
 ):
     """(probabilities, gradient of the unscaled logits) of a tile, both fp32."""
-    p = _shares(s, lse)
-    dp = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    dp = dot(dout, tl.trans(v), dp, PRECISION, INTERPRET)
+    p = _shares(s, lse, PRECISION)
+    dp = _against(dout, v, PRECISION, INTERPRET)
     dp = _kept(
         dp, row_0, col_0, cols, seed_ptr, threshold, keep_scale, DROPOUT, QUADS, BLOCK_M, BLOCK_N
     )
@@ -384,8 +419,7 @@ def _prefix_dq_kernel(
         offs_n = n_0 + tl.arange(0, BLOCK_N)
         k = _rows(pk_ptr + prefix, offs_n, D, P, D, BLOCK_D, DTYPE, INTERPRET)
         v = _rows(pv_ptr + prefix, offs_n, D, P, D, BLOCK_D, DTYPE, INTERPRET)
-        s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        s = dot(q, tl.trans(k), s, PRECISION, INTERPRET) * scale
+        s = _against(q, k, PRECISION, INTERPRET) * scale
         s = tl.where((offs_n < P)[None, :], s, float("-inf"))
         _, ds = _logit_gradient(
             s, v, dout, lse, delta, row_0, n_0, P + Lk, seed_ptr, scale, threshold, keep_scale,
@@ -403,8 +437,7 @@ def _prefix_dq_kernel(
         offs_n = n_0 + tl.arange(0, BLOCK_N)
         k = _rows(k_ptr, offs_n, stride_kn, Lk, D, BLOCK_D, DTYPE, INTERPRET)
         v = _rows(v_ptr, offs_n, stride_vn, Lk, D, BLOCK_D, DTYPE, INTERPRET)
-        s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        s = dot(q, tl.trans(k), s, PRECISION, INTERPRET) * scale
+        s = _against(q, k, PRECISION, INTERPRET) * scale
         s = _visible(
             s, offs_m, offs_n, Lq, Lk, mask_ptr, stride_mm, stride_mn, ATTN, CAUSAL, INTERPRET
         )
@@ -516,8 +549,7 @@ def _prefix_dkv_kernel(
             )  # fmt: skip
             lse = tl.load(lse_ptr + row_head + offs_m, mask=mask_m, other=0.0)
             delta = tl.load(delta_ptr + row_head + offs_m, mask=mask_m, other=0.0)
-            s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            s = dot(q, tl.trans(k), s, PRECISION, INTERPRET) * scale
+            s = _against(q, k, PRECISION, INTERPRET) * scale
             if PREFIX:
                 s = tl.where(mask_m[:, None] & (offs_n < P)[None, :], s, float("-inf"))
             else:

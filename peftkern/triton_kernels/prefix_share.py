@@ -136,7 +136,8 @@ def _share_backward_kernel(
     dout_ptr += b * stride_gb + h * stride_gh
     q_ptr += b * stride_qb + h * stride_qh
     out_ptr += b * stride_ob + h * stride_oh
-    dq_ptr += (b * Lq * Hq + h) * D
+    if NEED_DQ:
+        dq_ptr += (b * Lq * Hq + h) * D
     lse_ptr += head.to(tl.int64) * Lq
     offs_d = tl.arange(0, BLOCK_D)
     place = ((part.to(tl.int64) * group + h % group) * B + b) * Hkv + hkv

@@ -162,8 +162,9 @@ def down_gradient_config(m: int, features: int, rank: int) -> RankConfig:
 def attention_config(depth: int, fp32: bool, backward: bool) -> RankConfig:
     """Tiles of the attention kernels: queries a step, keys a step, and the padded head."""
     block_d = max(16, 1 << (depth - 1).bit_length())
-    if fp32:  # products split in three
-        return RankConfig(32, 16 if block_d > 128 else 32, block_d, 1, 8 if block_d > 64 else 4, 1)
+    if fp32:  # products split in three, of short sums
+        tiles = (16, 16) if block_d > 128 else (16, 32) if backward and block_d > 64 else (32, 32)
+        return RankConfig(*tiles, block_d, 1, 8 if backward or block_d > 64 else 4, 1)
     if backward:
         tiles = (64, 32) if block_d <= 128 else (32, 32)
     else:

@@ -11,7 +11,10 @@ from peftkern.ops.gradients import first_order_only
 
 
 class BottleneckAdapter(torch.autograd.Function):
-    """Saves x: the bottleneck is computed again, and dropout is drawn again from its seed.
+    """Saves x; dropout is drawn again from its seed.
+
+    On a GPU the bottleneck z [M, r] is saved as well, which spares a pass over x. On a CPU it is
+    computed again, where that pass finds x in cache.
 
     ``residual_is_x`` says that the residual is x itself; its gradient is then added inside the
     kernel, and ``residual`` is None.
@@ -33,15 +36,18 @@ class BottleneckAdapter(torch.autograd.Function):
         seed: Tensor | None,
     ) -> Tensor:
         weights = (down_w, down_b, up_w, up_b, scale)
-        ctx.save_for_backward(x, *weights, seed)
-        ctx.residual_is_x, ctx.activation, ctx.dropout_p = residual_is_x, activation, dropout_p
-        return torch.ops.peftkern.bottleneck_adapter(
-            x, *weights, x if residual_is_x else residual, activation, dropout_p, seed
+        residual = x if residual_is_x else residual
+        keep = x.device.type != "cpu"
+        y, z = torch.ops.peftkern.bottleneck_adapter(
+            x, *weights, residual, activation, dropout_p, seed, keep
         )
+        ctx.save_for_backward(x, z if keep else None, *weights, seed)
+        ctx.residual_is_x, ctx.activation, ctx.dropout_p = residual_is_x, activation, dropout_p
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, *weights, seed = ctx.saved_tensors
+        x, z, *weights, seed = ctx.saved_tensors
         need = ctx.needs_input_grad
         dy = dy.contiguous()
         gradients: list[Tensor | None] = [None] * 6
@@ -50,6 +56,7 @@ class BottleneckAdapter(torch.autograd.Function):
                 torch.ops.peftkern.bottleneck_adapter_backward(
                     dy,
                     x,
+                    z,
                     *weights,
                     ctx.activation,
                     ctx.dropout_p,

@@ -88,6 +88,7 @@ def _check_forward(
     activation: str,
     dropout_p: float,
     seed: Tensor | None,
+    keep: bool,
 ) -> None:
     weights = (down_w, down_b, up_w, up_b, scale)
     _check_adapter(x, *weights, activation, dropout_p, seed)
@@ -109,8 +110,11 @@ def _fake_forward(
     activation: str,
     dropout_p: float,
     seed: Tensor | None,
-) -> Tensor:
-    return x.new_empty((x.shape[0], up_w.shape[0]))
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    m, rank = x.shape[0], down_w.shape[0]
+    z = down_w.new_empty((m, rank) if keep else (0,))
+    return x.new_empty((m, up_w.shape[0])), z
 
 
 def _name(case: tuple[Any, ...]) -> str:
@@ -143,7 +147,10 @@ def _samples_forward(dtype: torch.dtype) -> Iterator[Sample]:
         # opcheck wants arguments that are distinct tensors; the kernels compare addresses.
         other = adapter[0].clone() if residual == "x" else other
         seed = torch.tensor([i * 977 - 5]) if p else None
-        yield Sample(_name(case), (*adapter, other, activation, p, seed))
+        args = (*adapter, other, activation, p, seed)
+        yield Sample(_name(case), (*args, False))
+        if i % 2:
+            yield Sample(_name(case) + "-kept", (*args, True))
 
 
 def _eager(activation: str, z: Tensor) -> Tensor:
@@ -171,21 +178,23 @@ def _baseline_forward(
     activation: str,
     dropout_p: float,
     seed: Tensor | None,
-) -> Tensor:
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
     linear = torch.nn.functional.linear
-    h = _eager(activation, linear(x.to(down_w.dtype), down_w, down_b))
-    y = linear(h, up_w, up_b)
+    z = linear(x.to(down_w.dtype), down_w, down_b)
+    y = linear(_eager(activation, z), up_w, up_b)
     y = y if scale is None else y * scale
     y = y if seed is None else philox_dropout(y, dropout_p, seed)
     y = y if residual is None else y + residual
-    return y.to(x.dtype)
+    return y.to(x.dtype), z if keep else z.new_empty(0)
 
 
 define_op(
     OpSpec(
         name="bottleneck_adapter",
         schema="(Tensor x, Tensor down_w, Tensor? down_b, Tensor up_w, Tensor? up_b, "
-        "Tensor? scale, Tensor? residual, str activation, float dropout_p, Tensor? seed) -> Tensor",
+        "Tensor? scale, Tensor? residual, str activation, float dropout_p, Tensor? seed, bool keep)"
+        " -> (Tensor y, Tensor z)",
         check=_check_forward,
         fake=_fake_forward,
         reference=reference.bottleneck_adapter,
@@ -199,6 +208,7 @@ define_op(
 def _check_backward(
     dy: Tensor,
     x: Tensor,
+    z: Tensor | None,
     down_w: Tensor,
     down_b: Tensor | None,
     up_w: Tensor,
@@ -217,6 +227,11 @@ def _check_backward(
     checks.dtype_in("dy", dy, (x.dtype,))
     checks.shape_is("dy", dy, (x.shape[0], up_w.shape[0]))
     checks.same_device("x", x, dy=dy)
+    if z is not None:
+        checks.dtype_in("z", z, (down_w.dtype,))
+        checks.shape_is("z", z, (x.shape[0], down_w.shape[0]))
+        checks.contiguous("z", z)
+        checks.same_device("x", x, z=z)
     if add_dy and up_w.shape[0] != x.shape[1]:
         raise ValueError(f"add_dy: dy {tuple(dy.shape)} does not fit x {tuple(x.shape)}")
 
@@ -224,6 +239,7 @@ def _check_backward(
 def _fake_backward(
     dy: Tensor,
     x: Tensor,
+    z: Tensor | None,
     down_w: Tensor,
     down_b: Tensor | None,
     up_w: Tensor,
@@ -246,11 +262,15 @@ def _fake_backward(
 
 
 def _samples_backward(dtype: torch.dtype) -> Iterator[Sample]:
-    for i, (case, sample) in enumerate(zip(_CASES, _samples_forward(dtype), strict=True)):
-        *adapter, _, activation, p, seed = sample.args
+    plain = [s for s in _samples_forward(dtype) if not s.args[-1]]
+    for i, (case, sample) in enumerate(zip(_CASES, plain, strict=True)):
+        *adapter, _, activation, p, seed, _ = sample.args
         dy = _randn((case[0], case[1]), dtype, i + 9)
         dy = dy.abs() if case[6] == 1 else dy
-        args = (dy, *adapter, activation, p, seed, case[7] == "x")
+        forward = (*sample.args[:-1], True)
+        _, z = reference.bottleneck_adapter(*forward)
+        kept = z if i % 2 else None
+        args = (dy, adapter[0], kept, *adapter[1:], activation, p, seed, case[7] == "x")
         needs = _NEEDS[i % 3]
         yield Sample(sample.name, (*args, *needs))
         if needs != (True, True):
@@ -260,6 +280,7 @@ def _samples_backward(dtype: torch.dtype) -> Iterator[Sample]:
 def _baseline_backward(
     dy: Tensor,
     x: Tensor,
+    z: Tensor | None,
     down_w: Tensor,
     down_b: Tensor | None,
     up_w: Tensor,
@@ -275,7 +296,8 @@ def _baseline_backward(
     """What autograd does through the eager modules, op by op at the adapter's dtype."""
     linear, kind = torch.nn.functional.linear, down_w.dtype
     with torch.enable_grad():
-        z = linear(x.to(kind), down_w, down_b).requires_grad_()
+        z = linear(x.to(kind), down_w, down_b) if z is None else z.clone()
+        z.requires_grad_()
         h = _eager(activation, z)
         up = linear(h.detach(), up_w, up_b)
         g = dy.to(kind)
@@ -299,9 +321,9 @@ def _baseline_backward(
 define_op(
     OpSpec(
         name="bottleneck_adapter_backward",
-        schema="(Tensor dy, Tensor x, Tensor down_w, Tensor? down_b, Tensor up_w, Tensor? up_b, "
-        "Tensor? scale, str activation, float dropout_p, Tensor? seed, bool add_dy, bool need_dx, "
-        "bool need_dw) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        schema="(Tensor dy, Tensor x, Tensor? z, Tensor down_w, Tensor? down_b, Tensor up_w, "
+        "Tensor? up_b, Tensor? scale, str activation, float dropout_p, Tensor? seed, bool add_dy, "
+        "bool need_dx, bool need_dw) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
         check=_check_backward,
         fake=_fake_backward,
         reference=reference.bottleneck_adapter_backward,

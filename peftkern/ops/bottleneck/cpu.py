@@ -30,6 +30,18 @@ def _refusal(*args: Any) -> str | None:
     return native.refusal(*(arg for arg in args if isinstance(arg, Tensor)))
 
 
+def _forward_refusal(*args: Any) -> str | None:
+    if args[-1]:
+        return "the native kernel does not write the bottleneck out"
+    return _refusal(*args)
+
+
+def _backward_refusal(dy: Tensor, x: Tensor, z: Tensor | None, *rest: Any) -> str | None:
+    if z is not None:
+        return "the native kernel computes the bottleneck again"
+    return _refusal(dy, x, *rest)
+
+
 def _address(value: Tensor | None) -> int:
     return 0 if value is None else value.data_ptr()
 
@@ -65,7 +77,7 @@ def _adapter(
     )
 
 
-@implementation("bottleneck_adapter", device="cpu", backend="native", can_use=_refusal)
+@implementation("bottleneck_adapter", device="cpu", backend="native", can_use=_forward_refusal)
 def bottleneck_adapter(
     x: Tensor,
     down_w: Tensor,
@@ -77,7 +89,8 @@ def bottleneck_adapter(
     activation: str,
     dropout_p: float,
     seed: Tensor | None,
-) -> Tensor:
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
     """A tile of rows goes through both products while its bottleneck is in cache."""
     m, (n, rank) = x.shape[0], up_w.shape
     y = torch.empty((m, n), dtype=x.dtype)
@@ -90,13 +103,16 @@ def bottleneck_adapter(
         _address(work),
         torch.get_num_threads(),
     )
-    return y
+    return y, down_w.new_empty(0)
 
 
-@implementation("bottleneck_adapter_backward", device="cpu", backend="native", can_use=_refusal)
+@implementation(
+    "bottleneck_adapter_backward", device="cpu", backend="native", can_use=_backward_refusal
+)
 def bottleneck_adapter_backward(
     dy: Tensor,
     x: Tensor,
+    z: Tensor | None,
     down_w: Tensor,
     down_b: Tensor | None,
     up_w: Tensor,

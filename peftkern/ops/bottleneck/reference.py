@@ -89,23 +89,26 @@ def bottleneck_adapter(
     activation: str,
     dropout_p: float,
     seed: Tensor | None,
+    keep: bool,
     *,
     compute: torch.dtype | None = None,
-) -> Tensor:
-    """y [M, N]; everything between x and y stays wide."""
+) -> tuple[Tensor, Tensor]:
+    """``(y, z)``; everything between x and y stays wide, z is empty unless it is kept."""
     wide = compute or torch.promote_types(x.dtype, torch.float32)
-    h = ACTIVATIONS[activation][0](_bottleneck(x, down_w, down_b, wide))
-    y = h @ up_w.to(wide).T
+    z = _bottleneck(x, down_w, down_b, wide)
+    y = ACTIVATIONS[activation][0](z) @ up_w.to(wide).T
     y = y if up_b is None else y + up_b.to(wide)
     y = y if scale is None else y * scale.to(wide)
     y = _masked(y, dropout_p, seed)
     y = y if residual is None else y + residual.to(wide)
-    return y if compute else y.to(x.dtype)
+    z = z if keep else z.new_empty(0)
+    return (y, z) if compute else (y.to(x.dtype), z.to(down_w.dtype))
 
 
 def bottleneck_adapter_backward(
     dy: Tensor,
     x: Tensor,
+    z: Tensor | None,
     down_w: Tensor,
     down_b: Tensor | None,
     up_w: Tensor,
@@ -123,7 +126,7 @@ def bottleneck_adapter_backward(
     """``(dx, dD, db_d, dU, db_u, ds)``; what is absent or not needed comes back empty."""
     wide = compute or torch.promote_types(x.dtype, torch.float32)
     function, slope = ACTIVATIONS[activation]
-    z = _bottleneck(x, down_w, down_b, wide)
+    z = _bottleneck(x, down_w, down_b, wide) if z is None else z.to(wide)
     s = torch.ones(1, dtype=wide, device=x.device) if scale is None else scale.to(wide)
     g = _masked(dy.to(wide), dropout_p, seed)
     dz = ((s * g) @ up_w.to(wide)) * slope(z)
