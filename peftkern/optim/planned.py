@@ -1,4 +1,4 @@
-"""Steps on CUDA devices that are planned once: no loop over parameters, no wait for the device.
+"""Steps that are planned once: no loop over parameters, on CUDA devices no wait either.
 
 A plan holds the addresses of parameters, states and gradients. Each step first asks whether they
 are what they were; new addresses of gradients are sent along, anything else makes a new plan.
@@ -19,12 +19,12 @@ from torch import Tensor
 from peftkern import native, registry
 from peftkern.ops.optimizer import bound
 from peftkern.ops.optimizer.bound import BoundStep, Counts, Row, Settings
-from peftkern.ops.optimizer.cuda import Segment, Table
 from peftkern.ops.optimizer.reference import COLUMNS
+from peftkern.ops.optimizer.table import Segment, Table
 
 _SAME, _MOVED, _CHANGED = 0, 1, 2
 _KEYS = ("state1", "state2", "absmax1", "absmax2")
-DEVICES = frozenset({"cuda"})  # types of devices that steps are planned on
+DEVICES = frozenset({"cpu", "cuda"})  # types of devices that steps are planned on
 
 
 @dataclass(frozen=True)
@@ -244,12 +244,12 @@ class Planner:
                 by_device.setdefault(item.parameter.device, []).append(item)
         if not by_device:
             return None
-        segments: dict[torch.device, list[Segment]] = {}
+        bindings: dict[torch.device, tuple[str, list[Segment]]] = {}
         for device, part in by_device.items():
             found = self._bind(device, part)
             if found is None:
                 return None
-            segments[device] = found
+            bindings[device] = found
         if not all(self._counted(item) for part in by_device.values() for item in part):
             self._count(items)
         groups = 1 + max(item.group for item in items)
@@ -258,15 +258,17 @@ class Planner:
             rows = [
                 Row(i.parameter.numel(), i.group, i.number, self._slots[i.number][1]) for i in part
             ]
-            step = BoundStep(self._rule, rows, groups, self._counts[device], self._rounding)
-            made = self._part(part, step, segments[device])
+            backend, segments = bindings[device]
+            counts = self._counts[device]
+            step = BoundStep(backend, self._rule, rows, groups, counts, self._rounding)
+            made = self._part(part, step, segments)
             step.upload(array("q", made.facts[2::3]), b"")
             step.launch("upload")
             parts.append(made)
         others = [item.parameter for item in items if item.parameter.grad is None]
         return Plan(self._rule, parts, others, state)
 
-    def _bind(self, device: torch.device, part: list[Item]) -> list[Segment] | None:
+    def _bind(self, device: torch.device, part: list[Item]) -> tuple[str, list[Segment]] | None:
         two, nothing = self._rule == "adamw", torch.empty(0, device=device)
         states = [item.state for item in part]
         return bound.bind(

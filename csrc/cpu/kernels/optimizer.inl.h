@@ -10,8 +10,6 @@ namespace {
 #define PK_UNROLL_8
 #endif
 
-constexpr int64_t kOptimizerChunk = 64; // blocks that a thread takes at a time
-
 // Whether every square is finite; what the reference calls a usable gradient.
 bool usable_block(const float* g) {
     typename V::I acc = V::zero_bits();
