@@ -404,7 +404,12 @@ class PagedOptimizer(BlockOptimizer):
 
     def _forget_plan(self) -> None:
         self._plan = ([], [])
+        self._forget_places()
+
+    def _forget_places(self) -> None:
+        """Hold no views of buckets that may be moved or given up."""
         self._views.clear()
+        self._settled = None
 
     def _shares(self, work: list[Work]) -> list[Share]:
         """The buckets that hold state of these parameters; most steps repeat the last one's."""
@@ -556,7 +561,7 @@ class PagedOptimizer(BlockOptimizer):
             ValueError: it does not hold two buckets.
             PagingError: what has to leave RAM cannot be written.
         """
-        self._views.clear()
+        self._forget_places()
         if self._tier is not None:
             self._tier.set_ram_budget(ram_budget)
         else:
@@ -569,7 +574,7 @@ class PagedOptimizer(BlockOptimizer):
             ValueError: it does not hold two buckets.
             PagingError: what has to leave the device cannot be written.
         """
-        self._views.clear()
+        self._forget_places()
         self._device_budget = device_budget
         if self._tier is not None:
             self._tier.set_device_budget(device_budget)
@@ -605,8 +610,7 @@ class PagedOptimizer(BlockOptimizer):
         Raises:
             PagingError: something could not be written.
         """
-        self._views.clear()
-        self._settled = None
+        self._forget_places()
         self.store.close()
 
     def __enter__(self) -> PagedOptimizer:
