@@ -152,28 +152,45 @@ double gradient_norm(Address table, int64_t count, int threads) {
 
 enum Found : int { kSame = 0, kMoved = 1, kChanged = 2 };
 
+// The object that a weak reference leads to, null if it is gone; any other object itself.
+PyObject* behind(PyObject* o) {
+    if (!PyWeakref_Check(o))
+        return o;
+#if PY_VERSION_HEX >= 0x030D0000
+    PyObject* found = nullptr;
+    if (PyWeakref_GetRef(o, &found) < 0)
+        throw py::error_already_set();
+    Py_XDECREF(found); // compared only; whoever holds it goes on doing so
+    return found;
+#else
+    return PyWeakref_GetObject(o);
+#endif
+}
+
 // What became of what a plan was made for. `parameters`: tensors; `states`: their dicts; `kept`:
-// for each a tuple of key, object, key, object ... that its dict must hold; `facts`: int64 [n, 3]
-// with the address of the parameter, the bytes of its gradient, and the gradient's address, which
-// is brought up to date. Each question costs what torch takes to answer (some 50 ns), so there is
-// none whose answer follows from others: a gradient has the layout of its parameter.
+// for each the tuple of objects that its dict must hold, tensors by weak reference; `facts`: int64
+// [n, 4] with the addresses of the parameter and of its state (0: not in the dict), the bytes of
+// its gradient, and the gradient's address, which is brought up to date. Each question costs what
+// torch takes to answer (some 50 ns), so there is none whose answer follows from others: a gradient
+// has the layout of its parameter, and states move together.
 int scan_parameters(const py::list& parameters, const py::list& states, const py::list& kept,
                     Address facts) {
     static PyObject* grad_name = PyUnicode_InternFromString("grad");
     static PyObject* nbytes = PyUnicode_InternFromString("nbytes");
     static PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
     static PyObject* is_contiguous = PyUnicode_InternFromString("is_contiguous");
+    static PyObject* state1 = PyUnicode_InternFromString("state1");
     int64_t* fact = reinterpret_cast<int64_t*>(facts);
     bool moved = false;
     Py_ssize_t count = PyList_GET_SIZE(parameters.ptr());
     if (PyList_GET_SIZE(states.ptr()) != count || PyList_GET_SIZE(kept.ptr()) != count)
         throw std::invalid_argument("states, kept: expected one entry a parameter");
-    for (Py_ssize_t i = 0; i < count; ++i, fact += 3) {
+    for (Py_ssize_t i = 0; i < count; ++i, fact += 4) {
         PyObject* p = PyList_GET_ITEM(parameters.ptr(), i);
         py::object grad = got(PyObject_GetAttr(p, grad_name));
         PyObject* g = grad.ptr();
         if (g == Py_None || number(got(PyObject_CallMethodNoArgs(p, data_ptr))) != fact[0] ||
-            number(got(PyObject_GetAttr(g, nbytes))) != fact[1] ||
+            number(got(PyObject_GetAttr(g, nbytes))) != fact[2] ||
             got(PyObject_CallMethodNoArgs(g, is_contiguous)).ptr() != Py_True)
             return kChanged;
         PyObject* state = PyList_GET_ITEM(states.ptr(), i);
@@ -183,15 +200,22 @@ int scan_parameters(const py::list& parameters, const py::list& states, const py
         Py_ssize_t at = 0, n = 0, expected = PyTuple_GET_SIZE(values);
         PyObject* value = nullptr;
         while (PyDict_Next(state, &at, nullptr, &value)) {
-            if (n == expected || value != PyTuple_GET_ITEM(values, n))
+            if (n == expected || value != behind(PyTuple_GET_ITEM(values, n)))
                 return kChanged;
             ++n;
         }
         if (n != expected)
             return kChanged;
+        if (fact[1] != 0) {
+            PyObject* first = PyDict_GetItemWithError(state, state1);
+            if (first == nullptr)
+                throw py::key_error("state1");
+            if (number(got(PyObject_CallMethodNoArgs(first, data_ptr))) != fact[1])
+                return kChanged;
+        }
         int64_t address = number(got(PyObject_CallMethodNoArgs(g, data_ptr)));
-        moved |= address != fact[2];
-        fact[2] = address;
+        moved |= address != fact[3];
+        fact[3] = address;
     }
     return moved ? kMoved : kSame;
 }

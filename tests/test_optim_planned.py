@@ -7,13 +7,16 @@ patched; everything else is what runs on a GPU. Both are compared with steps tha
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import pickle
+import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_cuda_simt import COMPILER, KERNELS, SCHEDULES, SimtLibrary
@@ -318,12 +321,13 @@ def test_scans_agree(kernels: Counting) -> None:
         pytest.skip("one of the two needs the native module")
     parameters = _parameters()
     states = [{"state1": torch.zeros(1)} for _ in parameters]
-    kept = [(s["state1"],) for s in states]
+    kept = [(weakref.ref(s["state1"]),) for s in states]
 
     def facts() -> array[int]:
         found = array("q")
-        for p in parameters:
-            found.extend((p.data_ptr(), p.grad.nbytes, p.grad.data_ptr()))
+        for p, s in zip(parameters, states, strict=True):
+            state = s["state1"].data_ptr()
+            found.extend((p.data_ptr(), state, p.grad.nbytes, p.grad.data_ptr()))
         return found
 
     def answers(before: array[int]) -> list[int]:
@@ -349,8 +353,32 @@ def test_scans_agree(kernels: Counting) -> None:
     assert answers(known) == [2, 2]
     del states[2]["more"]
     assert answers(known) == [1, 1]
+    states[2]["state1"].data = torch.zeros(1)
+    assert answers(known) == [2, 2]
     states[2]["state1"] = torch.zeros(1)
     assert answers(known) == [2, 2]
+
+
+def test_a_plan_keeps_no_memory(kernels: Counting) -> None:
+    """State and parameters that are moved away are gone, whatever was planned with them."""
+    memory = [np.zeros(5000, dtype=np.float32) for _ in range(3)]
+    parameters = [torch.nn.Parameter(torch.from_numpy(m)) for m in memory]
+    _KNOWN.extend(parameters)
+    optimizer = AdamW8bit(parameters, lr=1e-2)
+    gone = [weakref.ref(m) for m in memory]
+    del memory
+    for step in range(2):
+        for p in parameters:
+            p.grad = torch.ones(5000)
+        optimizer.step()
+        for p in parameters if step == 0 else ():
+            state = optimizer.state[p]
+            gone.append(weakref.ref(state["state2"]))
+            state["state1"], state["state2"] = state["state1"].clone(), state["state2"].clone()
+            p.data = p.data.clone()
+        gc.collect()
+        assert all(reference() is None for reference in gone)
+    assert [s["step"] for s in optimizer.state_dict()["state"].values()] == [2] * 3
 
 
 EXTREMES = (0.0, -0.0, 1e-45, 1e-38, 1e-30, 2.0**-70, 1e-12, 1.0, 1e12, 1e18, 3e38)

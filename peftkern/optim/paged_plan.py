@@ -89,7 +89,7 @@ class PagedPart(Part):
             dtypes = self._dtypes(row)
             whole.append(Segment(p.data_ptr(), (0, 0, 0, 0), 0, p.numel(), row, dtypes))
         self._whole = Table(whole, step.device)
-        step.cover(self._whole, [p.detach() for p in self.parameters], norm=norm)
+        step.cover(self._whole, self.parameters, norm=norm)
 
     def _dtypes(self, row: int) -> tuple[torch.dtype, torch.dtype]:
         grad = self.parameters[row].grad

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import weakref
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -128,7 +129,8 @@ class BoundStep:
         self._rounding = words(4 * n) if rounding else None
         self.norm = torch.zeros(1, device=device)
         self._sums = torch.zeros(0, dtype=torch.float64, device=device)
-        self._reaches: list[Tensor] = []
+        self._own: list[Tensor] = []
+        self._reaches: list[weakref.ref[Tensor]] = []  # a step keeps no memory of others
         self._uploaded = b""
         self._held: tuple[object, ...] = ()
         self.call = Call(
@@ -154,11 +156,12 @@ class BoundStep:
             reaches: every tensor that the table holds the address of, but gradients.
             norm: whether the norm of the gradients will be asked for.
         """
-        self._reaches = self._own() + table.tensors() + list(reaches)
-        if norm:
-            if self._sums.numel() < table.chunks:
-                self._sums = self._sums.new_zeros(table.chunks)
-            self._reaches.append(self._sums)
+        self._reaches = [weakref.ref(tensor) for tensor in reaches]
+        if norm and self._sums.numel() < table.chunks:
+            self._sums = self._sums.new_zeros(table.chunks)
+        self._own = [self._parameters, self._grads, self.skipped, self.groups, self.hyper]
+        self._own += [self.norm, self._sums, *self.counts.tensors(), *table.tensors()]
+        self._own += [] if self._rounding is None else [self._rounding]
         self.call.sums = self._sums.data_ptr()
         table.fill(self.call)
         self.call.state = 0
@@ -187,18 +190,20 @@ class BoundStep:
         self.call.state, self.call.clip, self.call.limit = state, clip, limit
         self._run(name, [*table.tensors(), *reaches])
 
-    def _own(self) -> list[Tensor]:
-        own = [self._parameters, self._grads, self.skipped, self.groups, self.hyper, self.norm]
-        own += [] if self._rounding is None else [self._rounding]
-        return own + self.counts.tensors()
-
     def _run(self, name: str, more: Sequence[Tensor]) -> None:
         if self._backend == "cuda":
-            reaches = [*self._reaches, *more] if more else self._reaches
-            cuda.run(f"optimizer_{name}", self.device, self.call, reaches)
+            cuda.run(f"optimizer_{name}", self.device, self.call, self._all(more))
         else:
             address = ctypes.addressof(self.call)
             native.kernels().optimizer_call(name, address, torch.get_num_threads())
+
+    def _all(self, more: Sequence[Tensor]) -> Iterator[Tensor]:
+        """What kernels reach; only the executor of the tests asks."""
+        yield from self._own
+        yield from more
+        for reference in self._reaches:
+            if (tensor := reference()) is not None:
+                yield tensor
 
     def upload(self, grads: array[int] | None, groups: bytes) -> None:
         """Note what the next launch takes along: addresses of gradients, and settings.
