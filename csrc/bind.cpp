@@ -217,20 +217,6 @@ void optimizer_step(Address table, int64_t count, int rule, Address hyper, Addre
     check(kernels().optimizer_step(s), "optimizer_step");
 }
 
-// Only grad, numel and grad_dtype of the table are read; `sums` has room for every chunk.
-void square_sums(Address table, int64_t count, Address sums, int threads) {
-    pk::OptimizerStep s = {reinterpret_cast<pk::OptimizerTensor*>(table),
-                           count,
-                           pk::kAdamW,
-                           nullptr,
-                           nullptr,
-                           nullptr,
-                           reinterpret_cast<double*>(sums),
-                           threads};
-    py::gil_scoped_release release;
-    check(kernels().square_sums(s), "optimizer_grad_norm");
-}
-
 std::vector<std::string> isas() {
     std::vector<std::string> names;
     for (const pk::Isa* isa = pk::kIsas; isa->kernels != nullptr; ++isa)
@@ -326,7 +312,6 @@ PYBIND11_MODULE(_C, m) {
     m.def("dequantize", &dequantize);
     m.def("dropout", &dropout);
     m.def("optimizer_step", &optimizer_step);
-    m.def("square_sums", &square_sums);
     bind_prefix(m);
     m.def("isas", &isas);
     m.def("isa", [] { return std::string(kernels().name); });

@@ -29,7 +29,7 @@ from peftkern.cuda_kernels.choices import Device
 from peftkern.cuda_kernels.products import LowRank, product
 from peftkern.ops.bases import Base
 from peftkern.ops.optimizer import bound
-from peftkern.ops.optimizer.cuda import Table, segments_of
+from peftkern.ops.optimizer.table import Table, segments_of
 from peftkern.ops.quant4 import reference as quant4
 from peftkern.ops.quant4.contract import bundles_4bit
 from peftkern.ops.sparse_delta import cuda as sparse
@@ -341,7 +341,7 @@ def _bound_step() -> None:
     """What tests/test_optim_planned.py tests."""
     p, g, m, v = (torch.ones(300) for _ in range(4))
     counts = bound.Counts([0], p.device)
-    step = bound.BoundStep("adamw", [bound.Row(300, 0, 0, 0)], 1, counts, rounding=False)
+    step = bound.BoundStep("cuda", "adamw", [bound.Row(300, 0, 0, 0)], 1, counts, rounding=False)
     segments = segments_of([p], [g], [m], [v], [p], [p])
     step.cover(Table(segments, p.device), [p, g, m, v], norm=True)
     settings = bound.Settings(0.1, (0.9, 0.999), 1e-8, 0.0, maximize=False)

@@ -306,48 +306,95 @@ PK_HD uint32_t lookup_place(uint32_t key) {
     return kSigned ? key >> 16 & 8191u : kLookupUnsigned + (key >> 16 & 4095u);
 }
 
+// The maps once more, as planes of bytes of their floats, for instructions that look up bytes: the
+// magnitudes of codes 127 .. 254 of the signed map (those below 127 are their negatives, 255 is 1),
+// and the whole unsigned map.
+struct BytePlanes {
+    alignas(64) uint8_t magnitude[4][128];
+    alignas(64) uint8_t unsigned_value[4][256];
+};
+
+constexpr BytePlanes make_byte_planes() {
+    BytePlanes planes = {};
+    for (int i = 0; i < 256; ++i)
+        for (int b = 0; b < 4; ++b) {
+            uint32_t second = __builtin_bit_cast(uint32_t, kUnsignedValues[i]);
+            planes.unsigned_value[b][i] = (uint8_t)(second >> 8 * b);
+            if (i < 128) {
+                uint32_t first = __builtin_bit_cast(uint32_t, kDynamicValues[127 + i]);
+                planes.magnitude[b][i] = (uint8_t)(first >> 8 * b);
+            }
+        }
+    return planes;
+}
+
 // The codes again, without look-ups in memory: within a decade of the map thresholds are evenly
 // spaced, so a code is slope * |t| + offset, rounded, up to the decade's last code. Which decade
-// follows from a rough logarithm and one comparison with the threshold that begins it. fp32
-// rounding moves thresholds by less than kSegmentDoubt of a code: where the sum comes nearer to a
-// half than that, the bins above decide.
-constexpr float kSegmentDoubt = 1.0f / 16384;
-constexpr float kSegmentMagic = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer
-constexpr float kSegmentLogScale = 38.0f / 127 / 8388608;
-constexpr float kSegmentLogOffset = kSegmentMagic - 31.0f;
-constexpr float kSegmentSmallest = 1.0f / 4194304; // below it the first segment, whatever the log
+// follows from the upper bits of the float, as if they were its logarithm, and one comparison with
+// the threshold that begins the next one. Sums are fixed-point numbers with 15 bits behind the
+// point: 256 is added. Roundings of fp32 move thresholds by less than kSegmentBias of the last of
+// these bits: where a sum is that near to a half, the bins above decide.
+constexpr int kSegmentShift = 15;
+constexpr int kSegmentBias = 2;
+constexpr int kSegmentDoubt = (1 << kSegmentShift) - 2 * kSegmentBias; // all zero: near a half
+constexpr int kSegmentZero = 0x43800000 >> kSegmentShift; // what stands before the point for code 0
+constexpr int kSegmentLogStart = 0x3480;                  // upper 16 bits of 2^-22
+constexpr int kSegmentLogScale = 140; // of 2^-16; finds the decade or the one before it
 
 struct CodeSegments {
-    alignas(32) float start[8]; // the segment holds |t| > start
+    alignas(32) float next[8]; // the segment holds |t| up to this
     alignas(32) float slope[8];
     alignas(32) float offset[8];
-    alignas(32) float last[8];
+    alignas(32) int32_t last[8]; // code + kSegmentZero
 };
+
+constexpr bool finds_segments(const float* next) {
+    for (int upper = 0; upper <= 0x3f80; ++upper) {
+        int over = upper > kSegmentLogStart ? upper - kSegmentLogStart : 0;
+        int d = over * kSegmentLogScale >> 16;
+        float low = __builtin_bit_cast(float, (uint32_t)upper << 16);
+        float high = __builtin_bit_cast(float, (uint32_t)upper << 16 | 0xffffu);
+        if (d > 7 || (d > 0 && !(low > next[d - 1])))
+            return false; // a decade too far
+        if (d < 6 && high > next[d + 1])
+            return false; // more than one too few
+    }
+    return true;
+}
 
 // `thresholds[k]` lies between codes k and k + 1, counted from zero; segment d > 0 begins with
 // code first << d, less `less`.
 constexpr CodeSegments make_code_segments(const float* thresholds, int first, int less) {
     CodeSegments s = {};
+    constexpr double kBias = (double)kSegmentBias / (1 << kSegmentShift);
     double decade = 0.9e-6;
     for (int d = 0; d < 7; ++d, decade *= 10.0) {
         int begin = (first << d) - less, end = (first << (d + 1)) - less;
-        s.start[d] = d == 0 ? -1.0f : thresholds[begin - 1];
-        s.last[d] = (float)(end - 1);
+        s.next[d] = thresholds[end - 1];
+        s.last[d] = end - 1 + kSegmentZero;
         double slope = (double)(first << d) / decade;
-        if (d == 0 && first > 1) // zero and the first decade share a segment
-            slope = 1.0 / ((double)thresholds[1] - (double)thresholds[0]);
+        // Zero and the first decade share a segment. Where the other segments end, their sums are
+        // at a half by themselves, which leaves ties to the bins; the first one's is made so.
+        if (d == 0)
+            slope = (first > 1 ? 1.0 : 2.0) / ((double)thresholds[1] - (double)thresholds[0]);
         double low = (double)thresholds[d == 0 ? 0 : begin], high = (double)thresholds[end - 2];
         double center = (d == 0 ? 0.5 : (double)begin + 0.5) + (double)(end - 2) + 0.5;
         s.slope[d] = (float)slope;
-        s.offset[d] = (float)(0.5 * (center - slope * (low + high)));
+        s.offset[d] = (float)(256.5 + kBias + 0.5 * (center - slope * (low + high)));
     }
     int top = (first << 7) - less;
-    s.start[7] = thresholds[top - 1];
-    s.offset[7] = s.last[7] = (float)top;
+    s.next[7] = 3.0e38f;
+    s.offset[7] = (float)(256.5 + (double)top);
+    s.last[7] = top + kSegmentZero;
     return s;
 }
 
+PK_TABLE BytePlanes kBytePlanes = make_byte_planes();
 PK_TABLE CodeSegments kSignedSegments = make_code_segments(kDynamicThresholds + 127, 1, 0);
 PK_TABLE CodeSegments kUnsignedSegments = make_code_segments(kUnsignedThresholds, 2, 1);
+#if !defined(__CUDACC__)
+static_assert(finds_segments(kSignedSegments.next) && finds_segments(kUnsignedSegments.next),
+              "the logarithm is near enough");
+#endif
 
 } // namespace pk

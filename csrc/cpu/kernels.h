@@ -203,6 +203,8 @@ struct BottleneckGradients {
 };
 
 // A parameter, or a piece of one that starts at a multiple of 256 elements.
+constexpr int64_t kOptimizerChunk = 64; // blocks of 256 elements that a thread takes at a time
+
 struct OptimizerTensor {
     void* param;
     const void* grad;

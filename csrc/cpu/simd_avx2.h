@@ -292,34 +292,40 @@ struct V {
                                pick_four(table, (uint32_t)word));
     }
 
-    // Codes of the dynamic maps of kCodes values x * inverse; see CodeSegments. False where a value
-    // is too near to a threshold to tell.
+    // Codes of the dynamic maps of kCodes values x * inverse; see CodeSegments. Bits are set where
+    // a value is too near to a threshold to tell.
     static constexpr int kCodes = 32;
+    static constexpr int kValues = 0;
+    template <bool>
+    PK_INLINE void dynamic_values(const uint8_t*, F, F*) {}
     template <bool kSigned>
-    PK_INLINE bool dynamic_codes(const CodeSegments& s, const float* x, float inverse,
-                                 uint8_t* out) {
-        const F start = _mm256_load_ps(s.start), slope = _mm256_load_ps(s.slope);
-        const F offset = _mm256_load_ps(s.offset), last = _mm256_load_ps(s.last);
-        const F magic = set1(kSegmentMagic),
-                absolute = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+    PK_INLINE uint64_t dynamic_codes(const CodeSegments& s, const float* x, float inverse,
+                                     uint8_t* out) {
+        const I next = _mm256_castps_si256(_mm256_load_ps(s.next));
+        const I last = _mm256_load_si256((const __m256i*)s.last);
+        const F slope = _mm256_load_ps(s.slope), offset = _mm256_load_ps(s.offset);
+        const I fraction = _mm256_set1_epi32(kSegmentDoubt);
+        uint64_t doubt = 0;
         I code[4];
-        F doubt = zero();
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
             F t = mul(load(x + 8 * i), set1(inverse));
-            F a = kSigned ? _mm256_and_ps(t, absolute) : t;
-            F rough = _mm256_max_ps(a, set1(kSegmentSmallest));
-            rough = fma(_mm256_cvtepi32_ps(_mm256_castps_si256(rough)), set1(kSegmentLogScale),
-                        set1(kSegmentLogOffset));
-            I d = _mm256_castps_si256(rough); // the permutations look at its low bits only
-            F below = _mm256_cmp_ps(a, _mm256_permutevar8x32_ps(start, d), _CMP_LE_OQ);
-            d = _mm256_add_epi32(d, _mm256_castps_si256(below));
-            F y = fma(a, _mm256_permutevar8x32_ps(slope, d), _mm256_permutevar8x32_ps(offset, d));
-            y = _mm256_min_ps(y, _mm256_permutevar8x32_ps(last, d));
-            F r = add(y, magic);
-            F away = _mm256_and_ps(_mm256_sub_ps(y, _mm256_sub_ps(r, magic)), absolute);
-            doubt = _mm256_max_ps(doubt, away);
-            I k = _mm256_sub_epi32(_mm256_castps_si256(r), _mm256_castps_si256(magic));
+            I a = _mm256_castps_si256(t); // magnitudes compare as integers do
+            if (kSigned)
+                a = _mm256_and_si256(a, _mm256_set1_epi32(0x7fffffff));
+            I upper =
+                _mm256_subs_epu16(_mm256_srli_epi32(a, 16), _mm256_set1_epi32(kSegmentLogStart));
+            I d = _mm256_mulhi_epu16(upper, _mm256_set1_epi32(kSegmentLogScale));
+            I above = _mm256_cmpgt_epi32(a, _mm256_permutevar8x32_epi32(next, d));
+            d = _mm256_sub_epi32(d, above);
+            F sum = fma(_mm256_castsi256_ps(a), _mm256_permutevar8x32_ps(slope, d),
+                        _mm256_permutevar8x32_ps(offset, d));
+            I bits = _mm256_castps_si256(sum);
+            I unsure = _mm256_cmpeq_epi32(_mm256_and_si256(bits, fraction), zero_bits());
+            doubt |= (uint64_t)(uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(unsure)) << 8 * i;
+            I k = _mm256_srli_epi32(bits, kSegmentShift);
+            k = _mm256_min_epi32(k, _mm256_permutevar8x32_epi32(last, d));
+            k = _mm256_sub_epi32(k, _mm256_set1_epi32(kSegmentZero));
             code[i] = kSigned ? _mm256_sign_epi32(k, _mm256_castps_si256(t)) : k;
         }
         I low = _mm256_packs_epi32(code[0], code[1]), high = _mm256_packs_epi32(code[2], code[3]);
@@ -330,8 +336,7 @@ struct V {
         I bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high),
                                               _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
         _mm256_storeu_si256((__m256i*)out, bytes);
-        F unsure = _mm256_cmp_ps(doubt, set1(0.5f - kSegmentDoubt), _CMP_GT_OQ);
-        return _mm256_testz_ps(unsure, unsure) != 0;
+        return doubt;
     }
 
     PK_INLINE void transpose(const float* src, int64_t src_stride, float* dst, int64_t dst_stride) {

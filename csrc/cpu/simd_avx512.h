@@ -190,40 +190,100 @@ struct V {
         x = _mm512_insertf32x4(x, pick_four(table, code + 8), 2);
         return _mm512_insertf32x4(x, pick_four(table, code + 12), 3);
     }
-    static constexpr int kCodes = 32;
+    static constexpr int kCodes = 64;
     PK_INLINE F eight(const float* p) { return _mm512_castps256_ps512(_mm256_load_ps(p)); }
-    template <bool kSigned>
-    PK_INLINE bool dynamic_codes(const CodeSegments& s, const float* x, float inverse,
-                                 uint8_t* out) {
-        const F start = eight(s.start), slope = eight(s.slope);
-        const F offset = eight(s.offset), last = eight(s.last);
-        const F magic = set1(kSegmentMagic);
-        F doubt = zero();
-#pragma GCC unroll 2
-        for (int i = 0; i < 2; ++i) {
-            F t = mul(load(x + 16 * i), set1(inverse));
-            F a = kSigned ? _mm512_abs_ps(t) : t;
-            F rough = _mm512_max_ps(a, set1(kSegmentSmallest));
-            rough = fma(_mm512_cvtepi32_ps(_mm512_castps_si512(rough)), set1(kSegmentLogScale),
-                        set1(kSegmentLogOffset));
-            I d = _mm512_castps_si512(rough); // the permutations look at its low bits only
-            __mmask16 below = _mm512_cmp_ps_mask(a, _mm512_permutexvar_ps(d, start), _CMP_LE_OQ);
-            d = _mm512_mask_sub_epi32(d, below, d, _mm512_set1_epi32(1));
-            F y = fma(a, _mm512_permutexvar_ps(d, slope), _mm512_permutexvar_ps(d, offset));
-            y = _mm512_min_ps(y, _mm512_permutexvar_ps(d, last));
-            F r = add(y, magic);
-            doubt = _mm512_max_ps(doubt, _mm512_abs_ps(_mm512_sub_ps(y, _mm512_sub_ps(r, magic))));
-            I k = _mm512_sub_epi32(_mm512_castps_si512(r), _mm512_castps_si512(magic));
-            if (kSigned) { // there is a code for 1, but none for -1
-                __mmask16 negative = _mm512_cmp_ps_mask(t, zero(), _CMP_LT_OQ);
-                k = _mm512_mask_sub_epi32(k, negative, zero_bits(), k);
-                k = _mm512_add_epi32(k, _mm512_set1_epi32(127));
-                k = _mm512_max_epi32(k, zero_bits());
-            }
-            _mm_storeu_si128((__m128i*)(out + 16 * i), _mm512_cvtepi32_epi8(k));
-        }
-        return _mm512_cmp_ps_mask(doubt, set1(0.5f - kSegmentDoubt), _CMP_GT_OQ) == 0;
+    PK_INLINE I eight(const int32_t* p) {
+        return _mm512_castsi256_si512(_mm256_load_si256((const __m256i*)p));
     }
+    template <bool kSigned>
+    PK_INLINE uint64_t dynamic_codes(const CodeSegments& s, const float* x, float inverse,
+                                     uint8_t* out) {
+        const I next = _mm512_castps_si512(eight(s.next)), last = eight(s.last);
+        const F slope = eight(s.slope), offset = eight(s.offset);
+        const I one = _mm512_set1_epi32(1), fraction = _mm512_set1_epi32(kSegmentDoubt);
+        uint64_t doubt = 0;
+        I code[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            F t = mul(load(x + 16 * i), set1(inverse));
+            I a = _mm512_castps_si512(t); // magnitudes compare as integers do
+            if (kSigned)
+                a = _mm512_and_si512(a, _mm512_set1_epi32(0x7fffffff));
+            I upper =
+                _mm512_subs_epu16(_mm512_srli_epi32(a, 16), _mm512_set1_epi32(kSegmentLogStart));
+            I d = _mm512_mulhi_epu16(upper, _mm512_set1_epi32(kSegmentLogScale));
+            __mmask16 above = _mm512_cmpgt_epi32_mask(a, _mm512_permutexvar_epi32(d, next));
+            d = _mm512_mask_add_epi32(d, above, d, one);
+            I sum = _mm512_castps_si512(fma(_mm512_castsi512_ps(a), _mm512_permutexvar_ps(d, slope),
+                                            _mm512_permutexvar_ps(d, offset)));
+            doubt |= (uint64_t)_mm512_testn_epi32_mask(sum, fraction) << 16 * i;
+            I k = _mm512_srli_epi32(sum, kSegmentShift);
+            k = _mm512_min_epi32(k, _mm512_permutexvar_epi32(d, last));
+            if (kSigned) { // there is a code for 1, but none for -1: one less, it saturates
+                __mmask16 negative = _mm512_movepi32_mask(_mm512_castps_si512(t));
+                I positive = _mm512_sub_epi32(k, _mm512_set1_epi32(kSegmentZero + 1));
+                k = _mm512_mask_sub_epi32(positive, negative, _mm512_set1_epi32(kSegmentZero - 1),
+                                          k);
+            }
+            code[i] = k;
+        }
+        static_assert(kSegmentZero % 256 == 0, "the code is the lowest byte");
+        if (!kSigned) {
+            for (int i = 0; i < 4; ++i)
+                _mm_storeu_si128((__m128i*)(out + 16 * i), _mm512_cvtepi32_epi8(code[i]));
+            return doubt;
+        }
+        I low = _mm512_packs_epi32(code[0], code[1]), high = _mm512_packs_epi32(code[2], code[3]);
+        I bytes = _mm512_xor_si512(_mm512_packs_epi16(low, high), _mm512_set1_epi8((char)0x80));
+        _mm512_storeu_si512(out, _mm512_permutexvar_epi32(quarters(), bytes));
+        return doubt;
+    }
+    // Every fourth group of four bytes in turn; what joining and parting bytes within quarters of a
+    // register need to leave them in order.
+    PK_INLINE I quarters() {
+        return _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    }
+
+#if defined(__AVX512VBMI__)
+    // Values of the dynamic maps times `scale`, of kValues codes: byte by byte of the floats.
+    static constexpr int kValues = 64;
+    PK_INLINE I plane(const uint8_t* p, int i) { return _mm512_load_si512(p + 64 * i); }
+    template <bool kSigned>
+    PK_INLINE void dynamic_values(const uint8_t* code, F scale, F out[4]) {
+        I c = _mm512_permutexvar_epi32(quarters(), _mm512_loadu_si512(code));
+        I b[4];
+        if (kSigned) {
+            I k = _mm512_sub_epi8(c, _mm512_set1_epi8(127));
+            __mmask64 negative = _mm512_cmplt_epu8_mask(c, _mm512_set1_epi8(127));
+            __mmask64 one = _mm512_cmpeq_epi8_mask(c, _mm512_set1_epi8((char)255));
+            k = _mm512_abs_epi8(k);
+            for (int i = 0; i < 4; ++i)
+                b[i] = _mm512_permutex2var_epi8(plane(kBytePlanes.magnitude[i], 0), k,
+                                                plane(kBytePlanes.magnitude[i], 1));
+            b[2] = _mm512_mask_mov_epi8(b[2], one, _mm512_set1_epi8((char)0x80));
+            b[3] = _mm512_mask_mov_epi8(b[3], one, _mm512_set1_epi8(0x3f));
+            b[3] = _mm512_mask_add_epi8(b[3], negative, b[3], _mm512_set1_epi8((char)0x80));
+        } else {
+            __mmask64 upper = _mm512_movepi8_mask(c);
+            for (int i = 0; i < 4; ++i) {
+                const uint8_t* p = kBytePlanes.unsigned_value[i];
+                b[i] = _mm512_mask_blend_epi8(
+                    upper, _mm512_permutex2var_epi8(plane(p, 0), c, plane(p, 1)),
+                    _mm512_permutex2var_epi8(plane(p, 2), c, plane(p, 3)));
+            }
+        }
+        I low0 = _mm512_unpacklo_epi8(b[0], b[1]), high0 = _mm512_unpackhi_epi8(b[0], b[1]);
+        I low1 = _mm512_unpacklo_epi8(b[2], b[3]), high1 = _mm512_unpackhi_epi8(b[2], b[3]);
+        out[0] = mul(_mm512_castsi512_ps(_mm512_unpacklo_epi16(low0, low1)), scale);
+        out[1] = mul(_mm512_castsi512_ps(_mm512_unpackhi_epi16(low0, low1)), scale);
+        out[2] = mul(_mm512_castsi512_ps(_mm512_unpacklo_epi16(high0, high1)), scale);
+        out[3] = mul(_mm512_castsi512_ps(_mm512_unpackhi_epi16(high0, high1)), scale);
+    }
+#else
+    static constexpr int kValues = 0;
+    template <bool>
+    PK_INLINE void dynamic_values(const uint8_t*, F, F*) {}
+#endif
 
     PK_INLINE void transpose(const float* src, int64_t src_stride, float* dst, int64_t dst_stride) {
         F r[16], s[16];

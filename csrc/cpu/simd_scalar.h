@@ -109,9 +109,12 @@ struct V {
 
     // One value at a time, the look-up is the quicker way: dynamic_codes() is never asked.
     static constexpr int kCodes = 0;
+    static constexpr int kValues = 0;
+    template <bool>
+    PK_INLINE void dynamic_values(const uint8_t*, F, F*) {}
     template <bool kSigned>
-    PK_INLINE bool dynamic_codes(const CodeSegments&, const float*, float, uint8_t*) {
-        return false;
+    PK_INLINE uint64_t dynamic_codes(const CodeSegments&, const float*, float, uint8_t*) {
+        return 0;
     }
 
     // dst[k * dst_stride + r] = src[r * src_stride + k] for r, k < kLanes

@@ -16,7 +16,7 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kBlock = (int)kStateBlock;
 
 struct StepArgs {
-    const Segment* segments;
+    const StateSegment* segments;
     const int32_t* owners; // the segment of each chunk
     int64_t chunks;
     int64_t state; // added to the addresses of states
@@ -401,8 +401,8 @@ __device__ __forceinline__ int whole_blocks(const Run& r, SharedAddress table, i
 }
 
 template <int R, bool kCoded>
-__device__ __forceinline__ int blocks_of(const Run& r, const Segment& s, SharedAddress table, int n,
-                                         bool aligned, int lane) {
+__device__ __forceinline__ int blocks_of(const Run& r, const StateSegment& s, SharedAddress table,
+                                         int n, bool aligned, int lane) {
     __syncwarp();
     bool random = r.rounding != nullptr && s.param_dtype == kBF16;
     if (random)
@@ -441,7 +441,7 @@ __global__ void __launch_bounds__(kThreads, 2) optimizer_step_kernel(StepArgs a)
     int64_t warps = (int64_t)gridDim.x * kWarps;
     // Few chunks go to as many multiprocessors as there are.
     for (int64_t chunk = blockIdx.x + (int64_t)gridDim.x * warp; chunk < a.chunks; chunk += warps) {
-        const Segment& s = a.segments[a.owners[chunk]];
+        const StateSegment& s = a.segments[a.owners[chunk]];
         int64_t from = (chunk - s.chunk) * kChunk, first = s.start + from;
         bool coded = s.absmax1 != nullptr;
         int size = coded ? 1 : 4;
@@ -476,7 +476,7 @@ __global__ void __launch_bounds__(kThreads, 2) optimizer_step_kernel(StepArgs a)
 extern "C" {
 
 int pk_cuda_optimizer_step(const void* call, void* stream) {
-    const pk::Call& c = *(const pk::Call*)call;
+    const pk::StepCall& c = *(const pk::StepCall*)call;
     if (c.chunks == 0)
         return pk::kOk;
     pk::StepArgs a = {c.segments,  c.owners, c.chunks,   c.state,

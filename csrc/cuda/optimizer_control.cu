@@ -22,85 +22,38 @@ __global__ void __launch_bounds__(256) optimizer_words_kernel(int64_t* to, int c
         to[i] = w.word[i];
 }
 
-struct PrepareArgs {
-    const Group* groups;
-    const Parameter* parameters;
-    int64_t rows;
-    const int64_t* steps; // done so far
-    const float* norm;    // of all gradients together, or null
-    double limit;         // of the norm
-    int rule;
-    Update* hyper;
-    int64_t* rounding; // may be null
-    unsigned long long* skipped;
-};
-
-// What each parameter's update needs, and no skips yet.
-__global__ void __launch_bounds__(64) optimizer_prepare_kernel(PrepareArgs a) {
-    int64_t i = (int64_t)blockIdx.x * 64 + threadIdx.x;
-    if (i >= a.rows)
-        return;
-    Parameter p = a.parameters[i];
-    Group group = a.groups[p.group];
-    double clip = 1.0;
-    if (a.norm != nullptr) {
-        float norm = *a.norm;
-        double factor = a.limit / ((double)norm + 1e-6);
-        // A factor of NaN makes every block one that is skipped.
-        clip = !is_finite(norm) ? (double)bits_float(0x7fc00000u) : factor < 1.0 ? factor : 1.0;
-    }
-    int64_t step = a.steps[p.slot] + 1;
-    a.hyper[i] = make_update(a.rule, group.settings, step, clip);
-    a.skipped[i] = 0;
-    if (a.rounding != nullptr) {
-        a.rounding[4 * i] = group.seed;
-        a.rounding[4 * i + 1] = step;
-        a.rounding[4 * i + 2] = p.number;
-        a.rounding[4 * i + 3] = 0;
-    }
+__global__ void __launch_bounds__(64) optimizer_prepare_kernel(StepCall c) {
+    int64_t row = (int64_t)blockIdx.x * 64 + threadIdx.x;
+    if (row < c.rows)
+        prepare_row(c, row);
 }
 
-struct FinishArgs {
-    const Parameter* parameters;
-    int64_t rows;
-    int64_t* steps;
-    const unsigned long long* skipped;
-    const float* norm; // what the step was clipped by, or null
-    int64_t slots;
-    int64_t* last;   // [slots], skipped blocks in the last pass that skipped any
-    int64_t* totals; // passes that skipped any, blocks skipped
-    int64_t* flag;   // in host memory: the second total
-};
-
-// Counts: a parameter has made a step unless all of it was skipped.
-__global__ void __launch_bounds__(512) optimizer_finish_kernel(FinishArgs a) {
+// Counts steps, and skips if there were any.
+__global__ void __launch_bounds__(512) optimizer_finish_kernel(StepCall c) {
     PK_SHARED(unsigned long long, sum, 1);
     int tid = (int)threadIdx.x;
     if (tid == 0)
         *sum = 0;
     __syncthreads();
     unsigned long long own = 0;
-    bool whole = a.norm != nullptr && !is_finite(*a.norm); // the step was left out
-    for (int64_t i = tid; i < a.rows; i += 512) {
-        int64_t skipped = (int64_t)a.skipped[i], blocks = a.parameters[i].blocks;
-        own += (unsigned long long)skipped;
-        if (skipped < blocks || (blocks == 0 && !whole))
-            a.steps[a.parameters[i].slot] += 1;
+    for (int64_t row = tid; row < c.rows; row += 512) {
+        own += (unsigned long long)c.skipped[row];
+        finish_row(c, row);
     }
     if (own != 0)
         atomicAdd(sum, own);
     __syncthreads();
     if (*sum == 0)
         return;
-    for (int64_t i = tid; i < a.slots; i += 512)
-        a.last[i] = 0;
+    for (int64_t i = tid; i < c.slots; i += 512)
+        c.last[i] = 0;
     __syncthreads();
-    for (int64_t i = tid; i < a.rows; i += 512)
-        a.last[a.parameters[i].slot] = (int64_t)a.skipped[i];
+    for (int64_t row = tid; row < c.rows; row += 512)
+        c.last[c.parameters[row].slot] = c.skipped[row];
     if (tid == 0) {
-        a.totals[0] += 1;
-        a.totals[1] += (int64_t)*sum;
-        *a.flag = a.totals[1];
+        c.totals[0] += 1;
+        c.totals[1] += (int64_t)*sum;
+        *c.flag = c.totals[1]; // in host memory
     }
 }
 
@@ -129,13 +82,13 @@ __device__ __forceinline__ double warp_sum(double v) {
 
 // The sum of squares of each chunk, in an order that only the chunk's length decides.
 __global__ void __launch_bounds__(256)
-    optimizer_squares_kernel(const Segment* segments, const int32_t* owners, int64_t chunks,
+    optimizer_squares_kernel(const StateSegment* segments, const int32_t* owners, int64_t chunks,
                              const int64_t* grads, double* sums) {
     int lane = (int)threadIdx.x % 32;
     int64_t warps = (int64_t)gridDim.x * 8;
     for (int64_t chunk = (int64_t)blockIdx.x * 8 + threadIdx.x / 32; chunk < chunks;
          chunk += warps) {
-        const Segment& s = segments[owners[chunk]];
+        const StateSegment& s = segments[owners[chunk]];
         int64_t from = (chunk - s.chunk) * kChunk;
         const char* p = (const char*)grads[s.row] + (s.start + from) * dtype_size(s.grad_dtype);
         int n = (int)min64(kChunk, s.numel - from), end = n / 128 * 128;
@@ -200,7 +153,7 @@ extern "C" {
 
 // What is new on the host, to the device.
 int pk_cuda_optimizer_upload(const void* call, void* stream) {
-    const pk::Call& c = *(const pk::Call*)call;
+    const pk::StepCall& c = *(const pk::StepCall*)call;
     int status = pk::kOk;
     if (c.new_grads != nullptr)
         status = pk::upload(c.grads, c.new_grads, c.rows, stream);
@@ -211,7 +164,7 @@ int pk_cuda_optimizer_upload(const void* call, void* stream) {
 PK_LAUNCHER(optimizer_upload)
 
 int pk_cuda_optimizer_norm(const void* call, void* stream) {
-    const pk::Call& c = *(const pk::Call*)call;
+    const pk::StepCall& c = *(const pk::StepCall*)call;
     if (c.chunks > 0) {
         unsigned grid = (unsigned)pk::min64(pk::ceil_div(c.chunks, 8), 4 * (int64_t)c.blocks);
         int status = pk::launch("optimizer_squares", pk::optimizer_squares_kernel, grid, 256, 0,
@@ -225,37 +178,25 @@ int pk_cuda_optimizer_norm(const void* call, void* stream) {
 PK_LAUNCHER(optimizer_norm)
 
 int pk_cuda_optimizer_prepare(const void* call, void* stream) {
-    const pk::Call& c = *(const pk::Call*)call;
+    const pk::StepCall& c = *(const pk::StepCall*)call;
     if (c.rows == 0)
         return pk::kOk;
-    pk::PrepareArgs a = {
-        c.groups, c.parameters, c.rows,  c.steps,    c.clip ? c.norm : nullptr,
-        c.limit,  c.rule,       c.hyper, c.rounding, (unsigned long long*)c.skipped};
     return pk::launch("optimizer_prepare", pk::optimizer_prepare_kernel,
-                      (unsigned)pk::ceil_div(c.rows, 64), 64, 0, stream, a);
+                      (unsigned)pk::ceil_div(c.rows, 64), 64, 0, stream, c);
 }
 PK_LAUNCHER(optimizer_prepare)
 
 int pk_cuda_optimizer_finish(const void* call, void* stream) {
-    const pk::Call& c = *(const pk::Call*)call;
+    const pk::StepCall& c = *(const pk::StepCall*)call;
     if (c.rows == 0)
         return pk::kOk;
-    pk::FinishArgs a = {c.parameters,
-                        c.rows,
-                        c.steps,
-                        (unsigned long long*)c.skipped,
-                        c.clip ? c.norm : nullptr,
-                        c.slots,
-                        c.last,
-                        c.totals,
-                        c.flag};
-    return pk::launch("optimizer_finish", pk::optimizer_finish_kernel, 1, 512, 0, stream, a);
+    return pk::launch("optimizer_finish", pk::optimizer_finish_kernel, 1, 512, 0, stream, c);
 }
 PK_LAUNCHER(optimizer_finish)
 
 // All of them, as a step needs them.
 int pk_cuda_optimizer_run(const void* call, void* stream) {
-    const pk::Call& c = *(const pk::Call*)call;
+    const pk::StepCall& c = *(const pk::StepCall*)call;
     int status = pk_cuda_optimizer_upload(call, stream);
     if (status == pk::kOk && c.clip == 2)
         status = pk_cuda_optimizer_norm(call, stream);

@@ -179,7 +179,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         return loss
 
     def _planned_step(self) -> bool:
-        """The step of parameters on CUDA devices, where nothing stands against it."""
+        """The step as it was planned, where nothing stands against it."""
         first = next((p for group in self.param_groups for p in group["params"]), None)
         if first is None or first.device.type not in planned.DEVICES:
             return False

@@ -7,14 +7,14 @@ that delays every copy for as long as the marks allow.
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 import weakref
 from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from peftkern.optim.pager import pages
 
 Mark = Any  # a point in a stream's work; None is one that has passed
 
@@ -77,11 +77,8 @@ class CudaLink:
 
         torch's allocator of pinned memory would round sizes up to powers of two.
         """
-        pages = mmap.mmap(-1, size)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):
-                pages.madvise(mmap.MADV_HUGEPAGE)
-        buffer = torch.frombuffer(pages, dtype=torch.uint8)
+        memory = pages(size)
+        buffer = torch.frombuffer(memory, dtype=torch.uint8)
         address = buffer.data_ptr()
         with torch.cuda.device(self.device):
             status = int(torch.cuda.cudart().cudaHostRegister(address, size, 0))
@@ -91,7 +88,7 @@ class CudaLink:
                 "smaller ram_budget, or a larger device_budget"
             )
         # The mapping goes with the last tensor on it: unpinned first, by this finalizer.
-        weakref.finalize(pages, _unpin, address)
+        weakref.finalize(memory, _unpin, address)
         return buffer
 
     def _copy(

@@ -114,6 +114,7 @@ class PagedOptimizer(BlockOptimizer):
         self._layout_hash = ""
         self._plan: tuple[list[int], list[Share]] = ([], [])  # by indices of the work
         self._views: dict[int, tuple[int, dict[str, list[Tensor]]]] = {}  # of buckets that stay
+        self._settled: tuple[int, list[int], Held] | None = None
         self._pager: Pager | None = None
         self._tier: DeviceTier | None = None
         self._link, self._device_budget = link, device_budget
@@ -347,12 +348,14 @@ class PagedOptimizer(BlockOptimizer):
         resident: Callable[[Held], None],
         update: Callable[[int, Tensor], None],
     ) -> None:
-        """Call ``resident`` with those that stay on the device, ``update`` with each other."""
+        """Call ``resident`` with those that stay in place, ``update`` with each of the others."""
         store = self.store
-        kept = [number for number in buckets if store.keeps(number)]
-        others = [number for number in buckets if not store.keeps(number)]
+        # What a commit writes is better handed back one by one, so that writing begins early.
+        together = not (store.persistent and self._commits_now())
+        kept = [number for number in buckets if together and store.keeps(number)]
+        others = buckets if not together else [n for n in buckets if not store.keeps(n)]
         if self._runs % 2:
-            others.reverse()  # starts with the buckets that the last step ended with
+            others = others[::-1]  # starts with the buckets that the last step ended with
         store.begin(kept + others, commit=self._commits_now())
         held = [(number, store.acquire(number)) for number in kept]
         if held:
@@ -365,6 +368,18 @@ class PagedOptimizer(BlockOptimizer):
             update(number, bucket)
             self._note_parameters(number, bucket)
             store.release(number, dirty=True)
+        # Everything stays and is marked as changed: the next pass need not ask for it.
+        self._settled = None
+        if not others and not store.persistent:
+            self._settled = (store.version, buckets, held)
+
+    def settled(self, buckets: list[int]) -> Held | None:
+        """The bytes of buckets that the last pass left in place; None where it may be otherwise."""
+        known = self._settled
+        if known is None or known[0] != self.store.version or known[1] != buckets:
+            return None
+        self.store.pass_resident(len(buckets))
+        return known[2]
 
     def _note_parameters(self, number: int, bucket: Tensor) -> None:
         """Put the updated parameters beside their state, where commits hold them."""
@@ -389,7 +404,12 @@ class PagedOptimizer(BlockOptimizer):
 
     def _forget_plan(self) -> None:
         self._plan = ([], [])
+        self._forget_places()
+
+    def _forget_places(self) -> None:
+        """Hold no views of buckets that may be moved or given up."""
         self._views.clear()
+        self._settled = None
 
     def _shares(self, work: list[Work]) -> list[Share]:
         """The buckets that hold state of these parameters; most steps repeat the last one's."""
@@ -541,7 +561,7 @@ class PagedOptimizer(BlockOptimizer):
             ValueError: it does not hold two buckets.
             PagingError: what has to leave RAM cannot be written.
         """
-        self._views.clear()
+        self._forget_places()
         if self._tier is not None:
             self._tier.set_ram_budget(ram_budget)
         else:
@@ -554,7 +574,7 @@ class PagedOptimizer(BlockOptimizer):
             ValueError: it does not hold two buckets.
             PagingError: what has to leave the device cannot be written.
         """
-        self._views.clear()
+        self._forget_places()
         self._device_budget = device_budget
         if self._tier is not None:
             self._tier.set_device_budget(device_budget)
@@ -590,7 +610,7 @@ class PagedOptimizer(BlockOptimizer):
         Raises:
             PagingError: something could not be written.
         """
-        self._views.clear()
+        self._forget_places()
         self.store.close()
 
     def __enter__(self) -> PagedOptimizer:

@@ -1,7 +1,7 @@
-"""Planned steps of paged optimizers on a CUDA device; planned.py has those without paging.
+"""Planned steps of paged optimizers; planned.py has those without paging.
 
-What stays on the device is updated by one launch over all of it, every bucket that passes through
-by a launch of its own, over a table whose states are offsets into the bucket.
+What stays in its place is updated by one launch over all of it, every bucket that passes through by
+a launch of its own, over a table whose states are offsets into the bucket.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from peftkern import registry
-from peftkern.ops.optimizer.bound import BoundStep
+from peftkern.ops.optimizer.bound import BACKENDS, BoundStep
 from peftkern.ops.optimizer.contract import PARAM_DTYPES
-from peftkern.ops.optimizer.cuda import Segment, Table
 from peftkern.ops.optimizer.reference import COLUMNS
+from peftkern.ops.optimizer.table import Segment, Table
 from peftkern.optim.planned import Item, Part, Planner
 
-Held = list[tuple[int, Tensor]]  # buckets by number, and their bytes on the device
+Held = list[tuple[int, Tensor]]  # buckets by number, and their bytes
 
 
 class Piece(Protocol):
@@ -57,7 +57,10 @@ class Buckets(Protocol):
         resident: Callable[[Held], None],
         update: Callable[[int, Tensor], None],
     ) -> None:
-        """Call ``resident`` with those that stay on the device, ``update`` with each other."""
+        """Call ``resident`` with those that stay in place, ``update`` with each of the others."""
+
+    def settled(self, buckets: list[int]) -> Held | None:
+        """The bytes of buckets that the last pass left in place; None where it may be otherwise."""
 
 
 class PagedPart(Part):
@@ -86,7 +89,7 @@ class PagedPart(Part):
             dtypes = self._dtypes(row)
             whole.append(Segment(p.data_ptr(), (0, 0, 0, 0), 0, p.numel(), row, dtypes))
         self._whole = Table(whole, step.device)
-        step.cover(self._whole, [p.detach() for p in self.parameters], norm=norm)
+        step.cover(self._whole, self.parameters, norm=norm)
 
     def _dtypes(self, row: int) -> tuple[torch.dtype, torch.dtype]:
         grad = self.parameters[row].grad
@@ -100,17 +103,20 @@ class PagedPart(Part):
 
     def go(self, clip: int, limit: float) -> None:
         """As in :class:`Part`."""
-        step = self.step
+        step, buckets = self.step, list(self._segments)
         step.launch("upload")
-        if clip == 2:
-            self._whole.fill(step.call)
-            step.launch("norm")
+        if clip == 2:  # over whole parameters: the same sum however they are cut
+            step.go_over(self._whole, (), name="norm")
         clip = min(clip, 1)
+        if (held := self._buckets.settled(buckets)) is not None:
+            where = [bucket for _, bucket in held]
+            step.go_over(self._table_of(held), where, name="run", clip=clip, limit=limit)
+            return
         step.launch("prepare", clip=clip, limit=limit)
-        self._buckets.pass_through(list(self._segments), self._update_resident, self._update)
+        self._buckets.pass_through(buckets, self._update_resident, self._update)
         step.launch("finish", clip=clip, limit=limit)
 
-    def _update_resident(self, held: Held) -> None:
+    def _table_of(self, held: Held) -> Table:
         addresses = tuple(bucket.data_ptr() for _, bucket in held)
         if addresses != self._resident[0]:
             segments = []
@@ -120,11 +126,13 @@ class PagedPart(Part):
                     first, second, scale1, scale2 = s.states
                     if scale1:  # absent ones stay 0
                         scale1, scale2 = scale1 + base, scale2 + base
-                    segments.append(
-                        replace(s, states=(first + base, second + base, scale1, scale2))
-                    )
+                    states = (first + base, second + base, scale1, scale2)
+                    segments.append(replace(s, states=states))
             self._resident = (addresses, Table(segments, self.step.device))
-        self.step.go_over(self._resident[1], [bucket for _, bucket in held])
+        return self._resident[1]
+
+    def _update_resident(self, held: Held) -> None:
+        self.step.go_over(self._table_of(held), [bucket for _, bucket in held])
 
     def _update(self, number: int, bucket: Tensor) -> None:
         table = self._tables.get(number)
@@ -147,7 +155,7 @@ class PagedPlanner(Planner):
         super().__init__(rule, rounding, norm)
         self._buckets = buckets
 
-    def _bind(self, device: torch.device, part: list[Item]) -> list[Segment] | None:
+    def _bind(self, device: torch.device, part: list[Item]) -> tuple[str, list[Segment]] | None:
         hyper = torch.empty(len(part), COLUMNS, device=device)
         params = [item.parameter.detach() for item in part]
         grads = [item.parameter.grad for item in part]
@@ -155,10 +163,11 @@ class PagedPlanner(Planner):
             return None
         # The states are wherever they are: the kernels meet them aligned in buckets.
         args: tuple[Any, ...] = (hyper, params, grads, [], [], [], [], self._rule, None)
-        if registry.select("optimizer_step", args).backend != "cuda":
+        backend = registry.select("optimizer_step", args).backend
+        if backend not in BACKENDS:
             return None
         self._buckets.ensure_layout([item.number for item in part])
-        return []
+        return backend, []
 
     def _part(self, items: list[Item], step: BoundStep, segments: list[Segment]) -> Part:
         return PagedPart(items, step, self._buckets, self._norm)

@@ -8,7 +8,9 @@ it is asked, so that no read waits behind a sync.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import mmap
 import os
 import time
 import weakref
@@ -27,6 +29,7 @@ from peftkern.optim.files import PAGE, Disk, PagingError, Record, StateFiles
 _LOG = logging.getLogger("peftkern")
 _STREAM = 6  # buffers that buckets pass through, where the budget holds more than twice as many
 _AHEAD = 2  # buckets that are read ahead
+_HUGE = 4 << 20  # bytes from which huge pages are worth their rounding
 _HISTORY = 1000  # steps of which the report keeps the figures
 
 __all__ = ["Pager", "PagingError"]
@@ -50,8 +53,17 @@ def _view(buffer: Tensor, size: int) -> memoryview:
     return memoryview(buffer.numpy()[:size])  # type: ignore[arg-type]
 
 
+def pages(size: int) -> mmap.mmap:
+    """Memory of its own, in huge pages where the system has some."""
+    made = mmap.mmap(-1, size)
+    if size >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            made.madvise(mmap.MADV_HUGEPAGE)
+    return made
+
+
 def _plain_buffer(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8)
+    return torch.frombuffer(pages(size), dtype=torch.uint8)
 
 
 def _shut(pid: int, threads: dict[str, ThreadPoolExecutor], files: StateFiles) -> None:
@@ -86,6 +98,8 @@ class Pager:
         #: Makes a buffer of so many bytes; the device tier wants pinned ones.
         self.make_buffer: Callable[[int], Tensor] = _plain_buffer
         self._first = 0  # buckets before it are kept by a device
+        #: Changes whenever a bucket that stays may have come to lie elsewhere.
+        self.version = 0
         self._stride = -(-stride // PAGE) * PAGE
         self._buckets: list[_Bucket] = []
         self._disk = disk
@@ -127,6 +141,7 @@ class Pager:
             PagingError: the disk has no room for them.
         """
         self._check()
+        self.version += 1
         self._buckets.extend(_Bucket(size) for size in sizes)
         if self._files is not None or self._capacity() < len(self._buckets) - self._first:
             self._reserve()
@@ -268,6 +283,17 @@ class Pager:
         self._durable = False
         self._note_step()
 
+    def resident(self) -> bool:
+        """Whether every bucket stays in RAM."""
+        return self._capacity() >= len(self._buckets)
+
+    def pass_resident(self, count: int) -> None:
+        """Book a pass over so many buckets that stay and that are known to have changed before."""
+        self._check()
+        self._began = time.perf_counter()
+        self._before = {**self._counts, "stall_seconds": self._stall}
+        self._counts["hits"] += count
+
     def annotate(self, facts: dict[str, Any]) -> None:
         """Add to what the report's history says of the last step."""
         self._steps[-1].update(facts)
@@ -309,6 +335,7 @@ class Pager:
             PagingError: what has to leave cannot be written.
         """
         self.settle()
+        self.version += 1
         self._check_budget(ram_budget)
         if self._capacity() < len(self._buckets) - self._first and self._files is None:
             self._reserve()

@@ -1,4 +1,4 @@
-"""Steps on CUDA devices that are planned once: no loop over parameters, no wait for the device.
+"""Steps that are planned once: no loop over parameters, on CUDA devices no wait either.
 
 A plan holds the addresses of parameters, states and gradients. Each step first asks whether they
 are what they were; new addresses of gradients are sent along, anything else makes a new plan.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import weakref
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,12 +20,12 @@ from torch import Tensor
 from peftkern import native, registry
 from peftkern.ops.optimizer import bound
 from peftkern.ops.optimizer.bound import BoundStep, Counts, Row, Settings
-from peftkern.ops.optimizer.cuda import Segment, Table
 from peftkern.ops.optimizer.reference import COLUMNS
+from peftkern.ops.optimizer.table import Segment, Table
 
 _SAME, _MOVED, _CHANGED = 0, 1, 2
 _KEYS = ("state1", "state2", "absmax1", "absmax2")
-DEVICES = frozenset({"cuda"})  # types of devices that steps are planned on
+DEVICES = frozenset({"cpu", "cuda"})  # types of devices that steps are planned on
 
 
 @dataclass(frozen=True)
@@ -45,19 +46,24 @@ class Part:
     step: BoundStep
     parameters: list[Tensor] = field(init=False)
     states: list[dict[str, Any]] = field(init=False)
-    #: What each state must hold, in its order.
+    #: What each state must hold, in its order; tensors by weak reference: a plan keeps no memory.
     kept: list[tuple[Any, ...]] = field(init=False)
-    #: [n, 3]: address of the parameter, bytes and address of its gradient.
+    #: [n, 4]: addresses of the parameter and its state, bytes and address of its gradient.
     facts: array[int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.parameters = [item.parameter for item in self.items]
         self.states = [item.state for item in self.items]
-        self.kept = [tuple(state.values()) for state in self.states]
+        self.kept = [tuple(map(_weak, state.values())) for state in self.states]
         self.facts = array("q")
         for item in self.items:
-            grad = _grad(item)
-            self.facts.extend((item.parameter.data_ptr(), grad.nbytes, grad.data_ptr()))
+            grad, state = _grad(item), item.state.get("state1")
+            address = 0 if state is None else state.data_ptr()
+            self.facts.extend((item.parameter.data_ptr(), address, grad.nbytes, grad.data_ptr()))
+
+    def grads(self) -> array[int]:
+        """Addresses of the gradients."""
+        return self.facts[3::4]
 
     def go(self, clip: int, limit: float) -> None:
         """The step, everything being uploaded; ``clip`` as :meth:`BoundStep.launch` takes it."""
@@ -84,17 +90,26 @@ def scan_parameters(
         g = p.grad
         if (
             g is None
-            or p.data_ptr() != facts[3 * i]
-            or g.nbytes != facts[3 * i + 1]
+            or p.data_ptr() != facts[4 * i]
+            or g.nbytes != facts[4 * i + 2]
             or not g.is_contiguous()
             or len(state) != len(values)
-            or not all(map(operator.is_, state.values(), values))
+            or not all(map(operator.is_, state.values(), map(_behind, values)))
+            or (facts[4 * i + 1] and state["state1"].data_ptr() != facts[4 * i + 1])
         ):
             return _CHANGED
         address = g.data_ptr()
-        moved |= address != facts[3 * i + 2]
-        facts[3 * i + 2] = address
+        moved |= address != facts[4 * i + 3]
+        facts[4 * i + 3] = address
     return _MOVED if moved else _SAME
+
+
+def _weak(value: Any) -> Any:
+    return weakref.ref(value) if isinstance(value, Tensor) else value
+
+
+def _behind(value: Any) -> Any:
+    return value() if isinstance(value, weakref.ref) else value
 
 
 class Plan:
@@ -152,7 +167,7 @@ class Plan:
         several = limit is not None and len(self._parts) > 1
         for i, part in enumerate(self._parts):
             moved = self._waiting()[i]
-            part.step.upload(array("q", part.facts[2::3]) if moved else None, packed)
+            part.step.upload(part.grads() if moved else None, packed)
             if rates or several:
                 part.step.launch("upload")
                 for number, rate in rates:
@@ -215,7 +230,9 @@ class Planner:
         self._counts: dict[torch.device, Counts] = {}
         self._slots: dict[int, tuple[Tensor, int]] = {}  # by number: the view, and its slot
         self._seen = 0
-        self._before = (0, 0)  # passes and blocks skipped, as told by counts that are gone
+        # Passes and blocks skipped, and the last one's, as told by counts that are gone.
+        self._before = (0, 0)
+        self._last: dict[int, int] = {}
 
     def find(self, items: Iterator[Item], state: dict[Tensor, dict[str, Any]]) -> Plan | None:
         """A plan that holds; None where steps cannot be planned.
@@ -244,12 +261,12 @@ class Planner:
                 by_device.setdefault(item.parameter.device, []).append(item)
         if not by_device:
             return None
-        segments: dict[torch.device, list[Segment]] = {}
+        bindings: dict[torch.device, tuple[str, list[Segment]]] = {}
         for device, part in by_device.items():
             found = self._bind(device, part)
             if found is None:
                 return None
-            segments[device] = found
+            bindings[device] = found
         if not all(self._counted(item) for part in by_device.values() for item in part):
             self._count(items)
         groups = 1 + max(item.group for item in items)
@@ -258,15 +275,17 @@ class Planner:
             rows = [
                 Row(i.parameter.numel(), i.group, i.number, self._slots[i.number][1]) for i in part
             ]
-            step = BoundStep(self._rule, rows, groups, self._counts[device], self._rounding)
-            made = self._part(part, step, segments[device])
-            step.upload(array("q", made.facts[2::3]), b"")
+            backend, segments = bindings[device]
+            counts = self._counts[device]
+            step = BoundStep(backend, self._rule, rows, groups, counts, self._rounding)
+            made = self._part(part, step, segments)
+            step.upload(made.grads(), b"")
             step.launch("upload")
             parts.append(made)
         others = [item.parameter for item in items if item.parameter.grad is None]
         return Plan(self._rule, parts, others, state)
 
-    def _bind(self, device: torch.device, part: list[Item]) -> list[Segment] | None:
+    def _bind(self, device: torch.device, part: list[Item]) -> tuple[str, list[Segment]] | None:
         two, nothing = self._rule == "adamw", torch.empty(0, device=device)
         states = [item.state for item in part]
         return bound.bind(
@@ -283,7 +302,7 @@ class Planner:
         )
 
     def _part(self, items: list[Item], step: BoundStep, segments: list[Segment]) -> Part:
-        reaches = [item.parameter.detach() for item in items]
+        reaches = [item.parameter for item in items]
         for item in items:
             reaches += [item.state[key] for key in _KEYS if key in item.state]
         step.cover(Table(segments, step.device), reaches, norm=self._norm)
@@ -312,7 +331,8 @@ class Planner:
 
     def forget(self) -> None:
         """Drop all plans; the steps they counted stay in the states."""
-        self._before = self.skips()[:2]
+        passes, blocks, self._last = self.skips()
+        self._before = (passes, blocks)
         self._plans.clear()
         self._counts.clear()
         self._slots.clear()
@@ -335,7 +355,7 @@ class Planner:
             for number, (view, slot) in self._slots.items():
                 if view.device == device and found[slot]:
                     last[number] = found[slot]
-        return self._before[0] + passes, blocks, last
+        return self._before[0] + passes, blocks, last or self._last
 
 
 def steps_of(states: Sequence[dict[str, Any]]) -> list[int]:

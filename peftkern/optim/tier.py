@@ -156,6 +156,7 @@ class DeviceTier:
         """See :meth:`Pager.set_budget`."""
         self.settle()
         self._let_go()
+        self.version += 1
         self.pager.set_budget(budget)
 
     def set_device_budget(self, budget: int | None) -> None:
@@ -195,6 +196,11 @@ class DeviceTier:
     def resident(self) -> bool:
         """Whether every bucket stays on the device."""
         return self._kept() == len(self._places)
+
+    def pass_resident(self, count: int) -> None:
+        """See :meth:`Pager.pass_resident`."""
+        self._before = dict(self._counts)
+        self.pager.pass_resident(0)
 
     def device_bytes(self) -> int:
         """Memory of the device that holds state or passes it on."""

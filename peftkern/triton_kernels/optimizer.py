@@ -1,7 +1,7 @@
 """Kernels of the optimizers: one program updates a chunk of 8 blocks of 256 elements.
 
-Which chunk belongs to what is in the table of csrc/cuda/optimizer.cuh (``Segment``), whose
-addresses become pointers here. Every product and sum is rounded by itself: no FMA contraction.
+Which chunk belongs to what is in the table of csrc/common/optimizer_call.h (``StateSegment``),
+whose addresses become pointers here. Every product and sum is rounded by itself, without FMA.
 """
 
 # mypy: disable-error-code="no-untyped-def"

@@ -10,8 +10,6 @@ namespace {
 #define PK_UNROLL_8
 #endif
 
-constexpr int64_t kOptimizerChunk = 64; // blocks that a thread takes at a time
-
 // Whether every square is finite; what the reference calls a usable gradient.
 bool usable_block(const float* g) {
     typename V::I acc = V::zero_bits();
@@ -21,9 +19,17 @@ bool usable_block(const float* g) {
     return is_finite(largest * largest);
 }
 
-void decode_block(const uint8_t* code, const float* values, float absmax, int64_t n,
-                  float* __restrict out) {
+template <bool kSigned>
+void decode_block(const uint8_t* code, float absmax, int64_t n, float* __restrict out) {
+    const float* values = kSigned ? kDynamicValues : kUnsignedValues;
     int64_t i = 0;
+    if constexpr (V::kValues != 0)
+        for (; i + V::kValues <= n; i += V::kValues) {
+            typename V::F part[V::kValues / L];
+            V::template dynamic_values<kSigned>(code + i, V::set1(absmax), part);
+            for (int j = 0; j < V::kValues / L; ++j)
+                V::store(out + i + j * L, part[j]);
+        }
     for (; i + L <= n; i += L)
         V::store(out + i, V::mul(V::pick(values, code + i), V::set1(absmax)));
     for (; i < n; ++i)
@@ -48,6 +54,21 @@ void encode_values(const float* x, int64_t n, float lift, float inverse, uint8_t
         code[i] = entry_code(entry[i], t[i]);
 }
 
+// Codes of x * inverse; n is a multiple of V::kCodes.
+template <bool kSigned>
+void encode_part(const float* x, float inverse, int64_t n, uint8_t* code) {
+    const CodeSegments& segments = kSigned ? kSignedSegments : kUnsignedSegments;
+    const CodeBins& bins = kSigned ? kSignedBins : kUnsignedBins;
+    for (int64_t i = 0; i < n; i += V::kCodes) {
+        uint64_t doubt = V::template dynamic_codes<kSigned>(segments, x + i, inverse, code + i);
+        for (; doubt != 0; doubt &= doubt - 1) {
+            int64_t at = i + __builtin_ctzll(doubt);
+            float t = x[at] * inverse;
+            code[at] = entry_code(bins.entry[code_bin(t)], t);
+        }
+    }
+}
+
 // The codes are of x / absmax. Denormal blocks are lifted by 2^64 (exact).
 template <bool kSigned>
 void encode_block(const float* x, int64_t n, float absmax, uint8_t* __restrict code) {
@@ -56,10 +77,8 @@ void encode_block(const float* x, int64_t n, float absmax, uint8_t* __restrict c
     int64_t done = 0;
     if constexpr (V::kCodes != 0) {
         if (lift == 1.0f) {
-            const CodeSegments& segments = kSigned ? kSignedSegments : kUnsignedSegments;
-            for (; done + V::kCodes <= n; done += V::kCodes)
-                if (!V::template dynamic_codes<kSigned>(segments, x + done, inverse, code + done))
-                    encode_values<kSigned>(x + done, V::kCodes, 1.0f, inverse, code + done);
+            done = n / V::kCodes * V::kCodes;
+            encode_part<kSigned>(x, inverse, done, code);
         }
     }
     if (done < n)
@@ -91,40 +110,100 @@ void update_run(const Update u, const float* __restrict g, float* __restrict p, 
     }
 }
 
-// AdamW on a whole block of codes in one sweep: the look-ups wait for memory and the update for
-// its divisions, so they go on side by side. Leaves the moments in m and v, and their absmax.
+// The moments of AdamW's blocks with 8-bit state. A block is encoded while the next one is updated:
+// the update waits for its divisions and roots, of which encoding has none. `old` and `fresh` take
+// turns.
+struct Moments {
+    alignas(64) float pair[2][2][kStateBlock];
+    int turn = 0;
+    uint8_t* code1 = nullptr; // of the block that waits to be encoded; null: none does
+    uint8_t* code2 = nullptr;
+    float absmax1 = 0.0f;
+    float absmax2 = 0.0f;
+};
+
+void encode_waiting(Moments& w) {
+    if (w.code1 == nullptr)
+        return;
+    const float (*old)[kStateBlock] = w.pair[w.turn ^ 1];
+    encode_block<true>(old[0], kStateBlock, w.absmax1, w.code1);
+    encode_block<false>(old[1], kStateBlock, w.absmax2, w.code2);
+    w.code1 = nullptr;
+}
+
+// AdamW on a whole block of codes, and the codes of the block before it.
+template <bool kWaiting>
 void adamw_coded(const Update& u, const float* g, float* p, const uint8_t* code1,
-                 const uint8_t* code2, float* absmax1, float* absmax2, float* m, float* v) {
+                 const uint8_t* code2, float* absmax1, float* absmax2, Moments& w) {
     using F = typename V::F;
+    constexpr int kParts = V::kValues != 0 ? V::kValues / L : 1;
+    constexpr int64_t kSpan = V::kCodes > kParts * L ? V::kCodes : kParts * L;
     const F beta1 = V::set1(u.beta1), rest1 = V::set1(u.one_minus_beta1);
     const F beta2 = V::set1(u.beta2), rest2 = V::set1(u.one_minus_beta2);
     const F correction = V::set1(u.inverse_correction), eps = V::set1(u.eps);
     const F decay = V::set1(u.decay), step = V::set1(u.step_size);
     const F scale1 = V::set1(*absmax1), scale2 = V::set1(*absmax2);
+    const float inverse1 = kWaiting ? 1.0f / w.absmax1 : 0.0f;
+    const float inverse2 = kWaiting ? 1.0f / w.absmax2 : 0.0f;
+    float *m = w.pair[w.turn][0], *v = w.pair[w.turn][1];
+    const float *old1 = w.pair[w.turn ^ 1][0], *old2 = w.pair[w.turn ^ 1][1];
     typename V::I largest1 = V::zero_bits(), largest2 = V::zero_bits();
-    for (int64_t i = 0; i < kStateBlock; i += L) {
-        F grad = V::load(g + i);
-        F first = V::mul(V::pick(kDynamicValues, code1 + i), scale1);
-        F second = V::mul(V::pick(kUnsignedValues, code2 + i), scale2);
-        first = V::add(V::mul(first, beta1), V::mul(grad, rest1));
-        second = V::add(V::mul(second, beta2), V::mul(V::mul(grad, grad), rest2));
-        F denominator = V::add(V::mul(V::sqrt(second), correction), eps);
-        F change = V::mul(step, V::div(first, denominator));
-        V::store(p + i, V::sub(V::mul(V::load(p + i), decay), change));
-        V::store(m + i, first);
-        V::store(v + i, second);
-        largest1 = V::max_magnitude(largest1, first);
-        largest2 = V::max_magnitude(largest2, second);
+    for (int64_t span = 0; span < kStateBlock; span += kSpan) {
+        for (int64_t i = span; i < span + kSpan; i += kParts * L) {
+            F first[kParts], second[kParts];
+            if constexpr (V::kValues != 0) {
+                V::template dynamic_values<true>(code1 + i, scale1, first);
+                V::template dynamic_values<false>(code2 + i, scale2, second);
+            } else {
+                first[0] = V::mul(V::pick(kDynamicValues, code1 + i), scale1);
+                second[0] = V::mul(V::pick(kUnsignedValues, code2 + i), scale2);
+            }
+            for (int j = 0; j < kParts; ++j) {
+                int64_t at = i + j * L;
+                F grad = V::load(g + at);
+                F one = V::add(V::mul(first[j], beta1), V::mul(grad, rest1));
+                F two = V::add(V::mul(second[j], beta2), V::mul(V::mul(grad, grad), rest2));
+                F denominator = V::add(V::mul(V::sqrt(two), correction), eps);
+                F change = V::mul(step, V::div(one, denominator));
+                V::store(p + at, V::sub(V::mul(V::load(p + at), decay), change));
+                V::store(m + at, one);
+                V::store(v + at, two);
+                largest1 = V::max_magnitude(largest1, one);
+                largest2 = V::max_magnitude(largest2, two);
+            }
+        }
+        if constexpr (kWaiting && V::kCodes != 0) {
+            encode_part<true>(old1 + span, inverse1, kSpan, w.code1 + span);
+            encode_part<false>(old2 + span, inverse2, kSpan, w.code2 + span);
+        }
     }
     *absmax1 = bits_float(V::reduce_max(largest1));
     *absmax2 = bits_float(V::reduce_max(largest2));
 }
 
+void adamw_coded_block(const Update& u, const float* g, float* p, uint8_t* code1, uint8_t* code2,
+                       float* absmax1, float* absmax2, Moments& w) {
+    bool waiting = V::kCodes != 0 && w.code1 != nullptr;
+    if (!waiting)
+        adamw_coded<false>(u, g, p, code1, code2, absmax1, absmax2, w);
+    else
+        adamw_coded<true>(u, g, p, code1, code2, absmax1, absmax2, w);
+    w.turn ^= 1;
+    w.code1 = code1;
+    w.code2 = code2;
+    w.absmax1 = *absmax1;
+    w.absmax2 = *absmax2;
+    // Zero and denormal statistics have no plain reciprocal.
+    if (V::kCodes == 0 || !(w.absmax1 >= kSmallestNormal && w.absmax2 >= kSmallestNormal))
+        encode_waiting(w);
+}
+
 // Elements at .. at + n of a tensor, n <= 256; false where the gradient is not finite. Whole fp32
-// blocks are updated in place, everything else by way of a buffer.
+// blocks are updated in place, everything else by way of a buffer. Codes may be left to wait in
+// `w`.
 template <int R>
 bool optimizer_block(const OptimizerTensor& t, const Update& u, const int64_t* rounding, int64_t at,
-                     int64_t n) {
+                     int64_t n, Moments& w) {
     alignas(64) float gradient[kStateBlock], parameter[kStateBlock];
     alignas(64) float first[kStateBlock], second[kStateBlock];
     bool whole = n == kStateBlock;
@@ -135,8 +214,9 @@ bool optimizer_block(const OptimizerTensor& t, const Update& u, const int64_t* r
         for (int64_t i = n; i < kStateBlock; ++i)
             gradient[i] = 0.0f;
         float scale = u.grad_scale;
-        for (int64_t i = 0; i < kStateBlock; ++i)
-            gradient[i] *= scale;
+        if (scale != 1.0f)
+            for (int64_t i = 0; i < kStateBlock; ++i)
+                gradient[i] *= scale;
         g = gradient;
     }
     if (!usable_block(g))
@@ -154,12 +234,12 @@ bool optimizer_block(const OptimizerTensor& t, const Update& u, const int64_t* r
     float* v = coded || R != kAdamW ? second : (float*)t.state2 + at;
     bool one_sweep = R == kAdamW && coded && whole;
     if (one_sweep) {
-        adamw_coded(u, g, p, code1, code2, t.absmax1 + block, t.absmax2 + block, m, v);
+        adamw_coded_block(u, g, p, code1, code2, t.absmax1 + block, t.absmax2 + block, w);
     } else {
         if (coded) {
-            decode_block(code1, kDynamicValues, t.absmax1[block], n, m);
+            decode_block<true>(code1, t.absmax1[block], n, m);
             if (R == kAdamW)
-                decode_block(code2, kUnsignedValues, t.absmax2[block], n, v);
+                decode_block<false>(code2, t.absmax2[block], n, v);
         }
         update_run<R>(u, g, p, m, v, n);
     }
@@ -171,8 +251,6 @@ bool optimizer_block(const OptimizerTensor& t, const Update& u, const int64_t* r
         t.absmax1[block] = bits_float(magnitude_bits(m, n));
         if (R == kAdamW)
             t.absmax2[block] = bits_float(magnitude_bits(v, n));
-    }
-    if (coded) {
         encode_block<true>(m, n, t.absmax1[block], code1);
         if (R == kAdamW)
             encode_block<false>(v, n, t.absmax2[block], code2);
@@ -183,6 +261,7 @@ bool optimizer_block(const OptimizerTensor& t, const Update& u, const int64_t* r
 template <int R>
 void optimizer_body(void* context, Queue* queue) {
     const OptimizerStep& s = *(const OptimizerStep*)context;
+    Moments w;
     int64_t tensor = 0; // chunks come in growing order, so the search goes on from here
     for (int64_t chunk = next_chunk(queue); chunk >= 0; chunk = next_chunk(queue)) {
         while (s.tensors[tensor].chunk_end <= chunk)
@@ -195,11 +274,12 @@ void optimizer_body(void* context, Queue* queue) {
         const int64_t* rounding = s.rounding == nullptr ? nullptr : s.rounding + 4 * tensor;
         int64_t skipped = 0;
         for (int64_t at = start; at < end; at += kStateBlock)
-            if (!optimizer_block<R>(t, u, rounding, at, min64(kStateBlock, end - at)))
+            if (!optimizer_block<R>(t, u, rounding, at, min64(kStateBlock, end - at), w))
                 ++skipped;
         if (skipped != 0)
             __atomic_fetch_add(&s.skipped[tensor], skipped, __ATOMIC_RELAXED);
     }
+    encode_waiting(w);
 }
 
 // Fills chunk_end; returns the number of chunks and adds up the elements.

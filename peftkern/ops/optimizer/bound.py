@@ -3,40 +3,36 @@
 The op takes lists of tensors, so that a call costs host time for each of them. A step of training
 repeats: same parameters, same states, same rule. It is checked and served as the op is
 (:func:`bind` asks the registry), then bound: from there on a step is one call whatever the number
-of tensors, nothing waits for the device, and a CUDA graph can capture it. Numbers that depend on
-the step (bias corrections, the clipping factor, how many steps were made) are worked out there.
+of tensors. Numbers that depend on the step (bias corrections, the clipping factor, how many steps
+were made) are worked out where the parameters are: on a CUDA device nothing waits for the host, and
+a graph can capture it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import struct
+import weakref
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from peftkern import registry
-from peftkern.ops.optimizer.cuda import (
-    GROUP_WORDS,
-    RULES,
-    Call,
-    Segment,
-    Table,
-    run,
-    segments_of,
-    thread_blocks,
-)
+from peftkern import native, registry
+from peftkern.ops.optimizer import cuda
 from peftkern.ops.optimizer.reference import BLOCK, COLUMNS
+from peftkern.ops.optimizer.table import GROUP_WORDS, RULES, Call, Segment, Table, segments_of
 
+BACKENDS = frozenset({"cuda", "native"})  # that steps can be bound to
 _GROUP = struct.Struct("=6dq")
 assert _GROUP.size == 8 * GROUP_WORDS
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a group of parameters is set to: ``pk::Group`` of csrc/cuda/optimizer.cuh."""
+    """What a group of parameters is set to: ``pk::StepGroup`` of csrc/common/optimizer_call.h."""
 
     lr: float
     betas: tuple[float, float]
@@ -99,9 +95,10 @@ class Row:
 
 
 class BoundStep:
-    """A step of many parameters on one CUDA device.
+    """A step of many parameters on one device.
 
     Args:
+        backend: whose kernels make it, one of :data:`BACKENDS`.
         rule: ``"adamw"``, ``"lion"`` or ``"momentum"``.
         rows: the parameters.
         groups: how many groups of settings there are.
@@ -110,8 +107,15 @@ class BoundStep:
     """
 
     def __init__(
-        self, rule: str, rows: Sequence[Row], groups: int, counts: Counts, rounding: bool
+        self,
+        backend: str,
+        rule: str,
+        rows: Sequence[Row],
+        groups: int,
+        counts: Counts,
+        rounding: bool,
     ) -> None:
+        self._backend = backend
         self.device, self.counts, n = counts.device, counts, len(rows)
         device = self.device
 
@@ -125,7 +129,8 @@ class BoundStep:
         self._rounding = words(4 * n) if rounding else None
         self.norm = torch.zeros(1, device=device)
         self._sums = torch.zeros(0, dtype=torch.float64, device=device)
-        self._reaches: list[Tensor] = []
+        self._own: list[Tensor] = []
+        self._reaches: list[weakref.ref[Tensor]] = []  # a step keeps no memory of others
         self._uploaded = b""
         self._held: tuple[object, ...] = ()
         self.call = Call(
@@ -139,7 +144,7 @@ class BoundStep:
             skipped=self.skipped.data_ptr(),
             norm=self.norm.data_ptr(),
             rule=RULES[rule],
-            blocks=thread_blocks(device),
+            blocks=cuda.thread_blocks(device) if backend == "cuda" else 0,
         )
         counts.fill(self.call)
 
@@ -151,31 +156,54 @@ class BoundStep:
             reaches: every tensor that the table holds the address of, but gradients.
             norm: whether the norm of the gradients will be asked for.
         """
-        self._reaches = self._own() + table.tensors() + list(reaches)
-        if norm:
-            if self._sums.numel() < table.chunks:
-                self._sums = self._sums.new_zeros(table.chunks)
-            self._reaches.append(self._sums)
+        self._reaches = [weakref.ref(tensor) for tensor in reaches]
+        if norm and self._sums.numel() < table.chunks:
+            self._sums = self._sums.new_zeros(table.chunks)
+        self._own = [self._parameters, self._grads, self.skipped, self.groups, self.hyper]
+        self._own += [self.norm, self._sums, *self.counts.tensors(), *table.tensors()]
+        self._own += [] if self._rounding is None else [self._rounding]
         self.call.sums = self._sums.data_ptr()
         table.fill(self.call)
         self.call.state = 0
 
-    def go_over(self, table: Table, reaches: Sequence[Tensor], state: int = 0) -> None:
-        """Launch the pass alone over another table.
+    def go_over(
+        self,
+        table: Table,
+        reaches: Sequence[Tensor],
+        *,
+        name: str = "step",
+        state: int = 0,
+        clip: int = 0,
+        limit: float = float("inf"),
+    ) -> None:
+        """:meth:`launch` over another table.
 
         Args:
             table: of segments of the rows.
             reaches: the states that it covers.
+            name: what to launch.
             state: address that those of the table are relative to.
+            clip: as for :meth:`launch`, but that a norm is only worked out over the covered table.
+            limit: of the norm.
         """
         table.fill(self.call)
-        self.call.state = state
-        run("optimizer_step", self.device, self.call, [*self._reaches, *table.tensors(), *reaches])
+        self.call.state, self.call.clip, self.call.limit = state, clip, limit
+        self._run(name, [*table.tensors(), *reaches])
 
-    def _own(self) -> list[Tensor]:
-        own = [self._parameters, self._grads, self.skipped, self.groups, self.hyper, self.norm]
-        own += [] if self._rounding is None else [self._rounding]
-        return own + self.counts.tensors()
+    def _run(self, name: str, more: Sequence[Tensor]) -> None:
+        if self._backend == "cuda":
+            cuda.run(f"optimizer_{name}", self.device, self.call, self._all(more))
+        else:
+            address = ctypes.addressof(self.call)
+            native.kernels().optimizer_call(name, address, torch.get_num_threads())
+
+    def _all(self, more: Sequence[Tensor]) -> Iterator[Tensor]:
+        """What kernels reach; only the executor of the tests asks."""
+        yield from self._own
+        yield from more
+        for reference in self._reaches:
+            if (tensor := reference()) is not None:
+                yield tensor
 
     def upload(self, grads: array[int] | None, groups: bytes) -> None:
         """Note what the next launch takes along: addresses of gradients, and settings.
@@ -205,7 +233,7 @@ class BoundStep:
             limit: of the norm.
         """
         self.call.clip, self.call.limit = clip, limit
-        run(f"optimizer_{name}", self.device, self.call, self._reaches)
+        self._run(name, ())
         if name in ("run", "upload"):
             self.call.new_grads = self.call.new_groups = None
             self._held = ()
@@ -217,8 +245,8 @@ def bind(
     params: list[Tensor],
     grads: list[Tensor],
     states: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]],
-) -> list[Segment] | None:
-    """The segments of a step, if the backend that serves these arguments can be bound.
+) -> tuple[str, list[Segment]] | None:
+    """The backend of a step and its segments, if the one that serves these arguments can be bound.
 
     Args:
         rule: as the op names it.
@@ -232,6 +260,5 @@ def bind(
     """
     args = (hyper, params, grads, *states, rule, None)
     registry.specs()["optimizer_step"].check(*args)
-    if registry.select("optimizer_step", args).backend != "cuda":
-        return None
-    return segments_of(params, grads, *states)
+    backend = registry.select("optimizer_step", args).backend
+    return (backend, segments_of(params, grads, *states)) if backend in BACKENDS else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from array import array
 
 import torch
@@ -12,7 +11,6 @@ from peftkern import native
 from peftkern.registry import implementation
 
 _RULES = {"adamw": 0, "lion": 1, "momentum": 2}
-_CHUNK = 64 * 256  # elements; as kOptimizerChunk * kStateBlock in csrc
 
 
 def _refusal_of(lists: tuple[list[Tensor], ...]) -> str | None:
@@ -94,13 +92,8 @@ def _norm_refusal(anchor: Tensor, grads: list[Tensor]) -> str | None:
 @implementation("optimizer_grad_norm", device="cpu", backend="native", can_use=_norm_refusal)
 def optimizer_grad_norm(anchor: Tensor, grads: list[Tensor]) -> Tensor:
     """fp64 sums of fixed chunks, added in their order."""
-    table, chunks = array("q"), 0
+    table = array("q")
     for g in grads:
-        n = g.numel()
-        table.extend((0, g.data_ptr(), 0, 0, 0, 0, n, 0, native.DTYPES[g.dtype], 0))
-        chunks += -(-n // _CHUNK)
-    sums = torch.zeros(chunks, dtype=torch.float64)
-    native.kernels().square_sums(
-        table.buffer_info()[0], len(grads), sums.data_ptr(), torch.get_num_threads()
-    )
-    return torch.tensor([math.sqrt(math.fsum(sums.tolist()))])
+        table.extend((0, g.data_ptr(), 0, 0, 0, 0, g.numel(), 0, native.DTYPES[g.dtype], 0))
+    address, threads = table.buffer_info()[0], torch.get_num_threads()
+    return torch.tensor([native.kernels().gradient_norm(address, len(grads), threads)])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peftkern.ops.optimizer.cuda import CHUNK, Segment, Table, segments_of
 from peftkern.ops.optimizer.lookup import lookup_table
 from peftkern.ops.optimizer.reference import BLOCK
+from peftkern.ops.optimizer.table import CHUNK, Segment, Table, segments_of
 from peftkern.registry import implementation
 from peftkern.triton_kernels.launch import interpreting, launch, refusal
 
