@@ -244,8 +244,11 @@ def test_the_ways_are_chosen_by_what_kernels_take() -> None:
         facts = {"across": False, "dtype": BF16, "aligned": True, "blocksize": 64} | more
         return choices.way(choices.Product(m, 4096, k, fmt, **facts), device)
 
-    assert (way(1), way(16), way(17), way(65)) == ("few", "few", "mma", "wgmma")
-    assert (way(65, device=older), way(8, device=older)) == ("library", "mma")
+    few, mma, most = choices.FEW_BEST, choices.MMA_BEST, choices.WGMMA_BEST["nf4"]
+    assert (way(1), way(few), way(few + 1), way(mma)) == ("few", "few", "mma", "mma")
+    assert (way(mma + 1), way(most), way(most + 1)) == ("wgmma", "wgmma", "library")
+    assert (way(64, device=older), way(65, device=older)) == ("library", "library")
+    assert (way(8, device=older), way(16, device=older)) == ("mma", "mma")
     assert (way(4, k=31), way(40, k=31), way(4, dtype=FP32)) == ("rows", "library", "rows")
     assert (way(4, across=True), way(4, fmt="dense")) == ("wgmma", "library")
     assert (way(8, fmt="int8", k=36), way(9, fmt="int8", k=36)) == ("rows", "library")

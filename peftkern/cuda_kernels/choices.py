@@ -25,6 +25,12 @@ HALVES = (torch.bfloat16, torch.float16)
 # Rows of x that a kernel is written for.
 FEW_ROWS = 16
 MMA_ROWS = 64
+
+# Rows up to which each way is the fastest, as bench.gpu measured them on an H200 (bench/results):
+# 4-bit products at 4096x4096 and 14336x4096.
+FEW_BEST = 8
+MMA_BEST = 32
+WGMMA_BEST = {"nf4": 1024, "fp4": 1024, "int8": 128}
 # fp32, or shapes that the tensor-core kernels cannot take: every four rows of x cost another 9
 # (4 bits) or 8 (INT8) instructions a weight, dequantizing 6 and a pass over 2 to 4 bytes: even at
 # about 16 and 8 rows. A model; these shapes have not been measured.
@@ -118,11 +124,12 @@ def way(p: Product, device: Device) -> str:
     """The fastest kernel that takes the product."""
     if 0 in (p.m, p.rows, p.cols):
         return "library"
-    if few_refusal(p, device) is None:
+    if p.m <= FEW_BEST and few_refusal(p, device) is None:
         return "few"
-    if p.m <= MMA_ROWS and mma_refusal(p, device) is None:
+    hopper = p.m <= WGMMA_BEST.get(p.format, 0) and wgmma_refusal(p, device) is None
+    if (p.m <= MMA_BEST or not hopper) and mma_refusal(p, device) is None:
         return "mma"
-    if p.format != "dense" and wgmma_refusal(p, device) is None:
+    if hopper:
         return "wgmma"
     if not p.across:
         if p.format in ("nf4", "fp4") and p.m <= ROWS_4BIT:
