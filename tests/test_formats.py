@@ -189,7 +189,14 @@ def test_takes_over_bitsandbytes_4bit(kind: str, nested: bool, storage: torch.dt
     assert q.shape == (64, 128)
     state = layer.weight.quant_state
     theirs = bnb_functional.dequantize_4bit(layer.weight.data, state).float()
-    assert_same_bits(q.dequantize().float(), theirs)
+    ours = q.dequantize().float()
+    if kind == "fp4":
+        # Code 8 is -0 in their kernels on GPUs, as in ours, and 0 in their table and on the CPU.
+        # Which releases quantize to it there differs too: 0.50 does.
+        codes = torch.stack([q.weight.reshape(-1) >> 4, q.weight.reshape(-1) & 15], 1).view(64, 128)
+        assert bool((theirs[codes == 8] == 0).all())
+        theirs = theirs.where(codes != 8, ours)
+    assert_same_bits(ours, theirs)
     back = q.to_bnb()
     assert isinstance(back, Params4bit)
     assert back.data.untyped_storage().data_ptr() == q.weight.untyped_storage().data_ptr()

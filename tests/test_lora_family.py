@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -114,19 +115,47 @@ def test_checkpointing_changes_nothing(method: str, reentrant: bool) -> None:
     assert_same(again[1], plain[1])
 
 
+def eager(method: str) -> nn.Module:
+    """HF PEFT's model of the same method; it takes the state of :func:`patched`'s."""
+    peft = pytest.importorskip("peft")
+    model = build("llama").train()
+    if method == "ia3":
+        targets = ["k_proj", "v_proj", "down_proj"]
+        config = peft.IA3Config(target_modules=targets, feedforward_modules=["down_proj"])
+        return peft.get_peft_model(model, config)
+    options = {"dora": {"use_dora": True}, "bias": {"lora_bias": True}}.get(method, {})
+    targets = ["embed_tokens", "q_proj"] if method == "embedding" else "all-linear"
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets, **options))
+
+
 @methods
-def test_autocast_stays_near_fp32(method: str) -> None:
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed:UserWarning")
+def test_autocast_errs_no_more_than_eager_peft(method: str) -> None:
+    """bf16 against fp32, held against what HF PEFT loses by it in the same steps.
+
+    How much that is depends on the processor and on the gradient: those of q and k are small
+    differences, wrong by a tenth with either. One draw of adapters compares luck, so the factor
+    for gradients, 2, bounds the geometric mean over six.
+    """
     if "dropout" in method:
         pytest.skip("the mask is drawn for another dtype's layout")
-    model = patched(method)
-    plain = step(model)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        low = step(model)
-    assert all(gradient.dtype == torch.float32 for gradient in low[1].values())
-    assert float((low[0] - plain[0]).abs()) < 0.02 * float(plain[0])
-    for name, gradient in plain[1].items():
-        error = float((low[1][name] - gradient).norm() / gradient.norm())
-        assert error < 0.1, (name, error)
+    model, peer, prefix = patched(method), eager(method), "base_model.model."
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ratios: dict[str, list[float]] = {}
+    for seed in range(6):
+        model.load_state_dict(start)
+        randomize_adapters(model, seed)
+        peer.load_state_dict({prefix + n: tensor for n, tensor in model.state_dict().items()})
+        plain = step(model)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            low, theirs = step(model), step(peer)
+        assert float((low[0] - plain[0]).abs()) < 0.02 * float(plain[0])
+        for name, gradient in plain[1].items():
+            assert low[1][name].dtype == torch.float32
+            error = float((low[1][name] - gradient).norm())
+            allowed = float((theirs[1][prefix + name] - gradient).norm())
+            ratios.setdefault(name, []).append(error / allowed)
+    assert max(math.prod(draws) for draws in ratios.values()) < 2**6, ratios
 
 
 @pytest.mark.slow

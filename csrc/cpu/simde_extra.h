@@ -20,6 +20,9 @@ struct I16 {
 struct H16 {
     uint16_t at[16];
 };
+struct H32 {
+    uint16_t at[32];
+};
 struct B16 {
     int8_t at[16];
 };
@@ -110,6 +113,21 @@ static inline __m512 shuffle_f32x4(__m512 a, __m512 b, int imm) {
     return as<__m512>(r);
 }
 
+static inline __m512i mulhi_epu16(__m512i a, __m512i b) {
+    H32 x = as<H32>(a), y = as<H32>(b), r;
+    for (int l = 0; l < 32; ++l)
+        r.at[l] = (uint16_t)((uint32_t)x.at[l] * y.at[l] >> 16);
+    return as<__m512i>(r);
+}
+
+static inline __mmask16 testn_epi32_mask(__m512i a, __m512i b) {
+    I16 x = as<I16>(a), y = as<I16>(b);
+    unsigned mask = 0;
+    for (int l = 0; l < 16; ++l)
+        mask |= (unsigned)((x.at[l] & y.at[l]) == 0) << l;
+    return (__mmask16)mask;
+}
+
 } // namespace pk_simde
 
 #undef _mm512_cvtepi32_ps
@@ -132,3 +150,7 @@ static inline __m512 shuffle_f32x4(__m512 a, __m512 b, int imm) {
 #define _mm512_extractf32x8_ps(x, half) pk_simde::extractf32x8_ps(x, half)
 #undef _mm512_shuffle_f32x4
 #define _mm512_shuffle_f32x4(a, b, imm) pk_simde::shuffle_f32x4(a, b, imm)
+#undef _mm512_mulhi_epu16
+#define _mm512_mulhi_epu16(a, b) pk_simde::mulhi_epu16(a, b)
+#undef _mm512_testn_epi32_mask
+#define _mm512_testn_epi32_mask(a, b) pk_simde::testn_epi32_mask(a, b)

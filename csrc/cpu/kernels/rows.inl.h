@@ -1,8 +1,8 @@
 // The row kernel, for up to kMaxRows rows of x: each stored row is decoded once, piece by piece,
 // and multiplied with all rows of x while it is in the first-level cache.
 //
-// Sums live in four vectors per output element, fixed by the position in the depth, and are folded
-// in one order: the number of rows changes no bit.
+// Sums live in kChains vectors per output element, fixed by the position in the depth, and are
+// folded in one order: the number of rows changes no bit.
 
 namespace pk::PK_ISA {
 namespace {
@@ -10,7 +10,7 @@ namespace {
 constexpr int64_t kMaxRows = 8;
 constexpr int64_t kPiece = 512; // weights decoded at a time; a multiple of 4 * kLanes and kWide
 constexpr int64_t kBlockRows = 8;
-constexpr int kChains = 4;
+constexpr int kChains = V::kLanes == 1 ? 16 : 4; // one lane: short sums round less
 
 struct Chains {
     alignas(64) float lane[kChains][V::kLanes];
@@ -22,12 +22,12 @@ void dots(const float* w, const float* x, int64_t x_stride, int64_t vectors, Cha
     V::F acc[R][kChains];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 16
         for (int c = 0; c < kChains; ++c)
             acc[r][c] = V::load(chains[r].lane[c]);
     int64_t v = 0;
     for (; v + kChains <= vectors; v += kChains) {
-#pragma GCC unroll 4
+#pragma GCC unroll 16
         for (int c = 0; c < kChains; ++c) {
             V::F b = V::load(w + (v + c) * L);
 #pragma GCC unroll 8
@@ -35,7 +35,7 @@ void dots(const float* w, const float* x, int64_t x_stride, int64_t vectors, Cha
                 acc[r][c] = V::fma(b, V::load(x + r * x_stride + (v + c) * L), acc[r][c]);
         }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 16
     for (int c = 0; c < kChains - 1; ++c) {
         if (v + c < vectors) {
             V::F b = V::load(w + (v + c) * L);
@@ -46,7 +46,7 @@ void dots(const float* w, const float* x, int64_t x_stride, int64_t vectors, Cha
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 16
         for (int c = 0; c < kChains; ++c)
             V::store(chains[r].lane[c], acc[r][c]);
 }
@@ -64,9 +64,16 @@ void dots_of(int64_t rows, const float* w, const float* x, int64_t x_stride, int
 }
 
 float fold(const Chains& c) {
-    V::F low = V::add(V::load(c.lane[0]), V::load(c.lane[1]));
-    V::F high = V::add(V::load(c.lane[2]), V::load(c.lane[3]));
-    return V::reduce_add(V::add(low, high));
+    V::F sum[kChains];
+#pragma GCC unroll 16
+    for (int i = 0; i < kChains; ++i)
+        sum[i] = V::load(c.lane[i]);
+#pragma GCC unroll 4
+    for (int width = 1; width < kChains; width *= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < kChains; i += 2 * width)
+            sum[i] = V::add(sum[i], sum[i + width]);
+    return V::reduce_add(sum[0]);
 }
 
 int64_t padded(int64_t depth) { return ceil_div(depth, kChains * L) * (kChains * L); }
