@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -165,8 +165,11 @@ class CMakeBuild(build_ext):
                 self.copy_file(str(note), str(package / FAILURE_FILE))
 
 
+# The benchmarks lie beside the package in the sources and inside it once installed.
 setup(
     version=version(),
+    packages=[*find_packages(include=["peftkern", "peftkern.*"]), "peftkern.bench"],
+    package_dir={"peftkern.bench": "bench"},
     ext_modules=[Extension("peftkern._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
     package_data={"peftkern": ["py.typed", FAILURE_FILE]},

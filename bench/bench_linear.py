@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from bench import peers
-from bench.cases import DTYPES, ROWS, SHAPES, Cell, linear_traffic
+from . import peers
+from .cases import DTYPES, ROWS, SHAPES, Cell, linear_traffic
 
 
 def cells(level: str, dtype: str) -> list[Cell]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from bench import lora_layers
-from bench.cases import DTYPES, LORA_RANKS, LORA_ROWS, Cell, weight_bytes
+from . import lora_layers
+from .cases import DTYPES, LORA_RANKS, LORA_ROWS, Cell, weight_bytes
 
 _WIDTHS = {"quick": (1024,), "standard": (2048,), "full": (2048, 4096)}
 _FORMATS = ("dense", "nf4")

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench import peers
-from bench.cases import DTYPES, Cell
-from bench.measure import Contender, copies_for
 from peftkern import optim
+
+from . import peers
+from .cases import DTYPES, Cell
+from .measure import Contender, copies_for
 
 # Parameters of a cell: pairs of A and B matrices of rank 16 at width 4096, 131,072 together.
 _PAIR = 16 * (4096 + 4096)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from bench import peers
-from bench.cases import DTYPES, SHAPES, Cell, weight_bytes
+from . import peers
+from .cases import DTYPES, SHAPES, Cell, weight_bytes
 
 
 def cells(level: str, dtype: str) -> list[Cell]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.measure import Contender
+from .measure import Contender
 
 # (in_features, out_features). Square and MLP shapes of Llama-like models, one vision shape whose
 # rows are no multiple of a 64-block run, and MiniLM's MLP.
@@ -32,10 +32,11 @@ ROWS = {
 LORA_ROWS = {"quick": (32,), "standard": (32, 512), "full": (32, 512)}
 LORA_RANKS = {"quick": (16,), "standard": (16,), "full": (8, 16, 64)}
 
-# What an op's contract may name in OpSpec.bench; --bench-op picks the cells of an op by them.
+# What an op's contract may name in OpSpec.bench; --bench-op takes an op or one of these.
 FAMILIES = (
     "linear",
     "lora",
+    "qlora_layer",
     "lora_group",
     "lora_mlp",
     "multi_lora",
@@ -60,6 +61,7 @@ class Cell:
         flops: operations that the op must do.
         build: makes the contenders; called once, just before measuring. The second value tells
             for each absent contender why it is absent.
+        memory: whether each contender's peak memory is measured too.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Cell:
     traffic: int
     flops: int
     build: Callable[[], tuple[list[Contender], dict[str, str]]]
+    memory: bool = False
 
 
 def weight_bytes(fmt: str, k: int, n: int, itemsize: int) -> int:

@@ -21,9 +21,10 @@ import pytest
 import torch
 
 import peftkern as pk
-from bench.cases import DTYPES, FAMILIES, Cell
-from bench.measure import Floor, Timing, has_fast_bf16, interleave, summary, too_slow
 from peftkern import native, registry
+
+from .cases import DTYPES, FAMILIES, Cell
+from .measure import Floor, Timing, has_fast_bf16, interleave, peak_memory, summary, too_slow
 
 _STAMPS: deque[float] = deque()
 
@@ -38,6 +39,7 @@ class _Measured:
     timings: dict[str, Timing]
     traffic: dict[str, int]
     floor_seconds: float
+    peaks: dict[str, int]
 
 
 class _Session:
@@ -83,17 +85,22 @@ class _Session:
             for name, samples in times.items():
                 setattr(timings[name], caches, samples)
         self.floor.probe()
+        peaks = {c.name: peak_memory(c, cell.rows) for c in racing} if cell.memory else {}
         return _Measured(
             timings,
             {c.name: c.traffic for c in contenders},
             self.floor.seconds(cell.traffic, cell.flops),
+            peaks,
         )
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench", "peftkern benchmarks")
     group.addoption("--bench-level", choices=("quick", "standard", "full"), default="standard")
-    group.addoption("--bench-op", help="only the cells that the contract of this op names")
+    group.addoption(
+        "--bench-op",
+        help="only the cells of this family, or those that the contract of this op names",
+    )
     group.addoption(
         "--bench-dtype",
         choices=("auto", *DTYPES),
@@ -130,8 +137,11 @@ def _families(op: str | None) -> tuple[str, ...]:
             raise pytest.UsageError(f"the contract of {spec.name} names no cells: {unknown}")
     if op is None:
         return FAMILIES
+    if op in FAMILIES:
+        return (op,)
     if op not in specs:
-        raise pytest.UsageError(f"--bench-op: got {op!r}, expected one of {', '.join(specs)}")
+        known = ", ".join(sorted({*FAMILIES, *(name for name in specs if specs[name].bench)}))
+        raise pytest.UsageError(f"--bench-op: got {op!r}, expected one of {known}")
     return specs[op].bench
 
 
@@ -197,6 +207,8 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Cell, s
             "dram_gb_per_s": session.floor.bandwidth / 1e9,
             "peak_gflop_per_s": session.floor.peak / 1e9,
         }
+        if contender in measured.peaks:
+            info["peak_mb"] = measured.peaks[contender] / 1e6
         if caches == "cold":  # data that sits in a cache has no floor in memory traffic
             info["share_of_floor"] = measured.floor_seconds / stats["median"]
         for name, other in measured.timings.items():
@@ -235,7 +247,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     session = getattr(config, "_benchmarksession", None)
     if session is None or not session.benchmarks or _SESSION not in config.stash:
         return
-    from bench.report import table
+    from .report import table
 
     rows = [bench.as_dict(include_data=False) for bench in session.benchmarks]
     floor = config.stash[_SESSION].floor

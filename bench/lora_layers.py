@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 import peftkern as pk
-from bench.cases import weight_bytes
-from bench.measure import Contender
-from bench.peers import Built, clones, peftkern_base
+
+from .cases import weight_bytes
+from .measure import Contender
+from .peers import Built, clones, peftkern_base
 
 F = pk.functional
 linear = torch.nn.functional.linear

@@ -6,6 +6,8 @@ they run A B C A B C ... in rounds, so that whatever slows the machine slows all
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import math
 import statistics
@@ -144,6 +146,29 @@ def interleave(
         if collecting:
             gc.enable()
     return times
+
+
+def peak_memory(contender: Contender, rows: int) -> int:
+    """Bytes by which one call raises the resident memory at its highest, outputs included.
+
+    The second call is measured: the first one pays for caches that stay.
+    """
+    call = contender.prepare(rows)
+    call(0)
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # else memory that was freed before hides the growth
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
+    before = _status("VmRSS")
+    call(0)
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) << 10
+    raise KeyError(name)
 
 
 class Floor:

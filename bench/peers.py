@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 import peftkern as pk
-from bench.cases import weight_bytes
-from bench.measure import Contender, copies_for
+
+from .cases import weight_bytes
+from .measure import Contender, copies_for
 
 Layer = Callable[[torch.Tensor], torch.Tensor]
 Built = tuple[list[Contender], dict[str, str]]
@@ -80,7 +81,7 @@ def bitsandbytes_module() -> Any:
     return bitsandbytes
 
 
-def bitsandbytes_layer(fmt: str, w: torch.Tensor) -> torch.nn.Module:
+def bitsandbytes_layer(fmt: str, w: torch.Tensor, *, nested: bool = False) -> torch.nn.Module:
     """A bitsandbytes layer in training mode over ``w``, quantized by bitsandbytes itself."""
     bnb = bitsandbytes_module()
     n, k = w.shape
@@ -89,12 +90,12 @@ def bitsandbytes_layer(fmt: str, w: torch.Tensor) -> torch.nn.Module:
         layer.weight = bnb.nn.Int8Params(w.clone(), has_fp16_weights=False, requires_grad=False)
     else:
         layer = bnb.nn.Linear4bit(
-            k, n, bias=False, compute_dtype=w.dtype, compress_statistics=False, quant_type=fmt
+            k, n, bias=False, compute_dtype=w.dtype, compress_statistics=nested, quant_type=fmt
         )
         layer.weight = bnb.nn.Params4bit(
             w.clone(),
             requires_grad=False,
-            compress_statistics=False,
+            compress_statistics=nested,
             quant_type=fmt,
             module=layer,
         )
@@ -177,7 +178,31 @@ def lora(fmt: str, r: int, m: int, k: int, n: int, dtype: torch.dtype) -> Built:
     return rows, absent
 
 
-def _hf_peft_layer(fmt: str, w: torch.Tensor, r: int) -> torch.nn.Module:
+def qlora_layer(r: int, m: int, k: int, n: int, dtype: torch.dtype) -> Built:
+    """A QLoRA layer's forward and backward: nested NF4, fp32 adapters, a bias-free projection."""
+    packed = weight_bytes("nf4", k, n, dtype.itemsize)
+    io = m * (3 * k + 2 * n) * dtype.itemsize
+    w = (torch.randn(n, k) / k**0.5).to(dtype)
+
+    def contender(name: str, layer: torch.nn.Module) -> Contender:
+        layers = clones(layer, packed)
+        trained = [[p for p in layer.parameters() if p.requires_grad] for layer in layers]
+        return _step(name, layers, trained, k, n, dtype, 2 * packed + io)
+
+    config = pk.LoRAConfig(r=r, lora_alpha=r, target_modules=["0"], quantize="nf4")
+    dense = torch.nn.Linear(k, n, bias=False, dtype=dtype)
+    dense.weight.data.copy_(w)
+    model = torch.nn.Sequential(dense)
+    pk.patch(model, config)
+    rows, absent = [contender("peftkern", model[0].train())], {}
+    try:
+        rows.append(contender("hf-peft+bitsandbytes", _hf_peft_layer("nf4", w, r, nested=True)))
+    except ImportError as error:
+        absent["hf-peft+bitsandbytes"] = f"not installed: {error}"
+    return rows, absent
+
+
+def _hf_peft_layer(fmt: str, w: torch.Tensor, r: int, *, nested: bool = False) -> torch.nn.Module:
     import peft
 
     n, k = w.shape
@@ -185,7 +210,7 @@ def _hf_peft_layer(fmt: str, w: torch.Tensor, r: int) -> torch.nn.Module:
         base: torch.nn.Module = torch.nn.Linear(k, n, bias=False, dtype=w.dtype)
         base.weight.data.copy_(w)
     else:
-        base = bitsandbytes_layer(fmt, w)
+        base = bitsandbytes_layer(fmt, w, nested=nested)
     holder = torch.nn.Sequential(base)
     # The flags by which PEFT learns that transformers has quantized the model.
     holder.is_loaded_in_4bit = fmt in ("nf4", "fp4")

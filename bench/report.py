@@ -25,6 +25,7 @@ _HEAD = (
     "GB/s",
     "GFLOP/s",
     "of floor",
+    "peak MB",
     "peftkern is",
 )
 
@@ -64,13 +65,16 @@ def table(benchmarks: Sequence[dict[str, Any]]) -> list[str]:
                 f"{info['gb_per_s']:.2f}",
                 f"{info['gflop_per_s']:.1f}" if info["gflop_per_s"] else "",
                 f"{share:.0%}" if share is not None else "",
+                f"{info['peak_mb']:.1f}" if "peak_mb" in info else "",
                 f"{faster:.2f}x" if faster is not None else "",
             )
         )
-    widths = [max(len(line[i]) for line in (_HEAD, *body)) for i in range(len(_HEAD))]
+    columns = [i for i, name in enumerate(_HEAD) if name != "peak MB" or any(b[i] for b in body)]
+    head, *body = [tuple(line[i] for i in columns) for line in (_HEAD, *body)]
+    widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
     rule = tuple("-" * width for width in widths)
     lines = []
-    for line in (_HEAD, rule, *body):
+    for line in (head, rule, *body):
         padded = (text.ljust(width) for text, width in zip(line, widths, strict=True))
         lines.append(f"| {' | '.join(padded)} |")
     return lines

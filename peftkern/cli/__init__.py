@@ -15,6 +15,7 @@ def make_app() -> Any:
     import typer
 
     from peftkern._version import __version__
+    from peftkern.cli.bench import bench
     from peftkern.cli.demo.command import demo
     from peftkern.cli.finetune.command import finetune
     from peftkern.cli.info import info
@@ -47,6 +48,7 @@ def make_app() -> Any:
     app.command()(finetune)
     app.command()(plan)
     app.command()(tune)
+    app.command()(bench)
     return app
 
 
