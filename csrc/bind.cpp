@@ -7,6 +7,7 @@
 #include <atomic>
 
 #include "bind.h"
+#include "cpu/features.h"
 
 using namespace pk_bind;
 
@@ -316,6 +317,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("isas", &isas);
     m.def("isa", [] { return std::string(kernels().name); });
     m.def("set_isa", &set_isa);
+    m.def("fast_pair_products", &pk::fast_pair_products);
+    m.def("set_pair_products", &pk::set_pair_products);
     m.def("build_info", &build_info);
     m.def("openmp_info", &openmp_info);
     m.def("tables", &tables);

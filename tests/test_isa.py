@@ -23,14 +23,18 @@ pytestmark = [
     pytest.mark.skipif(not native.available(), reason=str(native.reason())),
 ]
 
-ISAS = ("scalar", "avx2", "avx512", "avx512-emulated")
+ISAS = ("scalar", "avx2", "avx512", "avx512-bf16", "avx512-emulated")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EMULATED = "avx512-emulated"
+PAIRS = (
+    "avx512-bf16, pairs"  # its products of bf16 pairs everywhere, as on processors with fast ones
+)
 
 
 def module_of(isa: str) -> ModuleType:
     """The native module that holds ``isa``; skips where this machine cannot run it."""
     shipped = native.kernels()
+    isa = isa.partition(",")[0]
     if isa in shipped.isas():
         return shipped
     if isa != EMULATED:
@@ -46,15 +50,17 @@ def module_of(isa: str) -> ModuleType:
 
 
 # Emulation needs a build of its own, of two minutes.
-@pytest.fixture(params=[*ISAS[:3], pytest.param(EMULATED, marks=pytest.mark.slow)])
+@pytest.fixture(params=[*ISAS[:-1], PAIRS, pytest.param(EMULATED, marks=pytest.mark.slow)])
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Makes every native implementation run on one instruction set."""
     module = module_of(request.param)
-    before = module.isa()
-    module.set_isa(request.param)
+    before = module.isa(), module.fast_pair_products()
+    module.set_isa(request.param.partition(",")[0])
+    module.set_pair_products(request.param == PAIRS)
     monkeypatch.setattr(native, "kernels", lambda: module)
     yield request.param
-    module.set_isa(before)
+    module.set_isa(before[0])
+    module.set_pair_products(before[1])
 
 
 def run(op: str, *args: Any) -> Any:
@@ -330,7 +336,8 @@ from peftkern.testing import map_tensors
 
 isa = {isa!r}
 module = native_build.load() if isa == "avx512-emulated" else native.kernels()
-module.set_isa(isa)
+module.set_isa(isa.partition(",")[0])
+module.set_pair_products("," in isa)
 native.kernels = lambda: module
 torch.set_num_threads(2)
 ran = 0

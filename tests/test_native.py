@@ -110,8 +110,9 @@ def test_isa_code_stays_in_its_object() -> None:
         if name == "isa_avx2":
             assert not re.findall(r"%zmm\d|%[xy]mm(?:1[6-9]|2\d|3[01])|%k[1-7]", code)
             assert "%ymm" in code
-        if name == "isa_avx512":
+        if name in ("isa_avx512", "isa_avx512_bf16"):
             assert "%zmm" in code
+            assert ("vdpbf16ps" in code) == (name == "isa_avx512_bf16")
 
 
 @needs_native

@@ -12,6 +12,7 @@ extern const Kernels kAvx2Kernels;
 #endif
 #if defined(PK_BUILD_AVX512)
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512Bf16Kernels;
 #endif
 #if defined(PK_EMULATE_AVX512)
 extern const Kernels kAvx512EmulatedKernels;
@@ -29,6 +30,7 @@ const Isa kIsas[] = {
 #endif
 #if defined(PK_BUILD_AVX512)
     {&kAvx512Kernels, has_avx512},
+    {&kAvx512Bf16Kernels, has_avx512_bf16},
 #endif
     {nullptr, nullptr},
 };

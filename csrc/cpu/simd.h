@@ -50,3 +50,4 @@ PK_HD Ladder make_ladder(int quant_type) {
 #else
 #include "simd_scalar.h"
 #endif
+#include "simd_pairs.h"

@@ -2,11 +2,13 @@
 // Nothing here may leave a symbol that another object could share: no standard library, helpers in
 // unnamed namespaces.
 
+#include "../features.h"
 #include "../kernels.h"
 #include "../simd.h"
 #include "../threading.h"
 
 #include "runs.inl.h"
+#include "pairs.inl.h"
 #include "panel.inl.h"
 #include "rows.inl.h"
 #include "activation.inl.h"

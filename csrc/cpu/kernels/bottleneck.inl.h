@@ -88,7 +88,7 @@ void run_bottleneck(const Bottleneck& b, int64_t i0, int64_t rows, BottleneckScr
             int64_t depth = min64(kDepth, b.k - k0);
             for (int64_t i = 0; i < rows; ++i)
                 operand_run(down.x, i0 + i, k0, depth, nullptr, panel.x + i * kStride);
-            add_block(down, j0, cols, k0, depth, rows, panel.x, panel.sum, panel);
+            add_block<false>(down, j0, cols, k0, depth, rows, panel.x, panel.sum, panel);
         }
         load_entries(b.down_b, b.adapter_dtype, false, j0, cols, 0.0f, s.bias);
         for (int64_t i = 0; i < rows; ++i) {
@@ -110,7 +110,7 @@ void run_bottleneck(const Bottleneck& b, int64_t i0, int64_t rows, BottleneckScr
                 for (int64_t i = 0; i < rows; ++i)
                     __builtin_memcpy(panel.x + i * kStride, s.h + i * b.rank + k0,
                                      (size_t)depth * sizeof(float));
-            add_block(up, j0, cols, k0, depth, rows, panel.x, panel.sum, panel);
+            add_block<false>(up, j0, cols, k0, depth, rows, panel.x, panel.sum, panel);
         }
         load_entries(b.up_b, b.adapter_dtype, false, j0, cols, 0.0f, s.bias);
         load_entries(b.scale, b.adapter_dtype, b.scales == 1, j0, cols, 1.0f, s.scale);

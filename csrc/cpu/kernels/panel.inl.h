@@ -22,6 +22,7 @@ constexpr int kStride = kDepth + 16;
 // to all of them, and at a distance of a power of two they would all fall into one cache set.
 constexpr int kPanelStride = kDepth * kTileCols + 16;
 
+// With bf16 pairs all of this counts pairs: a block of the depth is twice as deep, the same bytes.
 constexpr int kPanelGroup = 3;
 constexpr int kFewRows = 8;
 constexpr int kThinDepth = 8;
@@ -33,14 +34,14 @@ struct PanelScratch {
     alignas(64) float part[kPanelRows * kSumStride]; // of segments that wait for a mask
     alignas(64) float block[kFewRows * kSumStride];
     alignas(64) float rows[V::kLanes * kStride];
-    alignas(64) float line[kPanelCols];
+    alignas(64) float line[2 * kPanelCols];
     alignas(64) float bias[kPanelCols];
 };
 
 // R rows by P panels, S floats from one panel to the next. Few rows take several panels, to have
 // enough independent sums in flight. Adds the products to `sum`; with kGoOn it continues the very
 // sums that lie there, as if an earlier call had not ended.
-template <int R, int P, int S, bool kGoOn>
+template <int R, int P, int S, bool kGoOn, bool kPair>
 void tile(const float* x, const float* w, int64_t depth, float* sum) {
     constexpr int kVecs = P * V::kTileVecs;
     V::F acc[R][kVecs];
@@ -59,7 +60,7 @@ void tile(const float* x, const float* w, int64_t depth, float* sum) {
             V::F a = V::set1(x[r * kStride + k]);
 #pragma GCC unroll 16
             for (int v = 0; v < kVecs; ++v)
-                acc[r][v] = V::fma(a, b[v], acc[r][v]);
+                acc[r][v] = kPair ? Pairs::dot(a, b[v], acc[r][v]) : V::fma(a, b[v], acc[r][v]);
         }
     }
 #pragma GCC unroll 16
@@ -72,21 +73,21 @@ void tile(const float* x, const float* w, int64_t depth, float* sum) {
 }
 
 // R or fewer rows by all panels.
-template <int R, int S, bool kGoOn>
+template <int R, int S, bool kGoOn, bool kPair>
 void tiles(int64_t rows, const float* x, const float* w, int64_t panels, int64_t depth,
            float* sum) {
     if constexpr (R > 1) {
         if (rows < R) {
-            tiles<R - 1, S, kGoOn>(rows, x, w, panels, depth, sum);
+            tiles<R - 1, S, kGoOn, kPair>(rows, x, w, panels, depth, sum);
             return;
         }
     }
     constexpr int P = R == 1 ? 3 : R <= V::kTileRows / 2 ? 2 : 1;
     int64_t j = 0;
     for (; j + P <= panels; j += P)
-        tile<R, P, S, kGoOn>(x, w + j * S, depth, sum + j * kTileCols);
+        tile<R, P, S, kGoOn, kPair>(x, w + j * S, depth, sum + j * kTileCols);
     for (; j < panels; ++j)
-        tile<R, 1, S, kGoOn>(x, w + j * S, depth, sum + j * kTileCols);
+        tile<R, 1, S, kGoOn, kPair>(x, w + j * S, depth, sum + j * kTileCols);
 }
 
 // Each vector of a line goes to its panel.
@@ -99,20 +100,25 @@ struct ToPanels {
     }
 };
 
-// Output columns are storage rows: decode kLanes rows, transpose them into the panel.
+// Output columns are storage rows: decode kLanes rows, transpose them into the panel. `depth` and
+// `k0` count numbers, also where the panel is made of pairs.
+template <bool kPair>
 void pack_rows(const Weight& w, int64_t row0, int64_t rows, int64_t k0, int64_t depth,
                PanelScratch& s) {
     for (int64_t j = 0; j < rows; j += L) {
         for (int64_t r = 0; r < L; ++r) {
             if (j + r + L < rows)
                 prefetch_run(w, row0 + j + r + L, k0, depth);
-            if (j + r < rows)
-                decode_run(w, row0 + j + r, k0, depth, s.rows + r * kStride);
+            float* row = s.rows + r * kStride;
+            if (j + r >= rows)
+                __builtin_memset(row, 0, kDepth * sizeof(float));
+            else if constexpr (kPair)
+                decode_pairs(w, row0 + j + r, k0, depth, s.line, row);
             else
-                __builtin_memset(s.rows + r * kStride, 0, kDepth * sizeof(float));
+                decode_run(w, row0 + j + r, k0, depth, row);
         }
         float* panel = s.weights + j / kTileCols * kPanelStride + j % kTileCols;
-        for (int64_t k = 0; k < depth; k += L)
+        for (int64_t k = 0; k < elements_of(depth, kPair); k += L)
             V::transpose(s.rows + k, kStride, panel + k * kTileCols, kTileCols);
     }
 }
@@ -155,38 +161,96 @@ void pack_columns(const Segment& segment, int64_t col0, int64_t cols, int64_t k0
     }
 }
 
+// The same in pairs of storage rows.
+template <int S>
+void pack_column_pairs(const Segment& segment, int64_t col0, int64_t cols, int64_t k0,
+                       int64_t depth, PanelScratch& s) {
+    const int64_t* index = segment.depth_rows;
+    auto row = [&](int64_t k) { return index == nullptr ? k : index[k]; };
+    constexpr int64_t kAhead = 8;
+    int64_t whole = ceil_div(cols, kTileCols) * kTileCols, end = k0 + depth;
+    for (int64_t k = k0; k < end; k += 2) {
+        for (int64_t ahead = k + kAhead; ahead < min64(k + kAhead + 2, segment.depth); ++ahead)
+            prefetch_run(segment.w, row(ahead), col0, cols);
+        float* to = s.weights + (k - k0) / 2 * kTileCols;
+        auto put = [&](int64_t j, V::F v)
+                       PK_SINK { V::store(to + j / kTileCols * S + j % kTileCols, v); };
+        for (int64_t j = cols / L * L; j < whole; j += L)
+            put(j, V::zero());
+        decode_pair_of_rows(segment.w, row(k), k + 1 < end ? row(k + 1) : -1, col0, cols, s.line,
+                            kPanelCols, put);
+    }
+}
+
+template <int S, bool kPair>
+void pack(const Segment& segment, int64_t col0, int64_t cols, int64_t k0, int64_t depth,
+          PanelScratch& s) {
+    if constexpr (kPair)
+        pack_column_pairs<S>(segment, col0, cols, k0, depth, s);
+    else
+        pack_columns<S>(segment, col0, cols, k0, depth, s);
+}
+
 // Adds one block of the depth to the sums of a task: `rows` rows of x and of `sum`.
+template <bool kPair>
 void add_block(const Segment& segment, int64_t j0, int64_t cols, int64_t k0, int64_t depth,
                int64_t rows, const float* x, float* sum, PanelScratch& s) {
     if (segment.along_columns)
-        pack_columns<kPanelStride>(segment, j0, cols, k0, depth, s);
+        pack<kPanelStride, kPair>(segment, j0, cols, k0, depth, s);
     else
-        pack_rows(segment.w, j0, cols, k0, depth, s);
+        pack_rows<kPair>(segment.w, j0, cols, k0, depth, s);
     // A few panels at a time, so that they stay in the first-level cache over the rows.
     int64_t panels = ceil_div(cols, kTileCols);
     for (int64_t j = 0; j < panels; j += kPanelGroup)
         for (int64_t i = 0; i < rows; i += V::kTileRows)
-            tiles<V::kTileRows, kPanelStride, false>(
+            tiles<V::kTileRows, kPanelStride, false, kPair>(
                 rows - i, x + i * kStride, s.weights + j * kPanelStride,
-                min64(kPanelGroup, panels - j), depth, sum + i * kSumStride + j * kTileCols);
+                min64(kPanelGroup, panels - j), elements_of(depth, kPair),
+                sum + i * kSumStride + j * kTileCols);
 }
 
 // The same, bit for bit, for few rows: the weights are used while a few lines of them are in the
 // first-level cache, and the block's sums wait in memory.
+template <bool kPair>
 void add_thin_block(const Segment& segment, int64_t j0, int64_t cols, int64_t k0, int64_t depth,
                     int64_t rows, const float* x, float* sum, PanelScratch& s) {
     int64_t panels = ceil_div(cols, kTileCols);
     for (int64_t i = 0; i < rows; ++i)
         __builtin_memset(s.block + i * kSumStride, 0, (size_t)(panels * kTileCols) * sizeof(float));
-    for (int64_t k = 0; k < depth; k += kThinDepth) {
-        int64_t lines = min64(kThinDepth, depth - k);
-        pack_columns<kThinDepth * kTileCols>(segment, j0, cols, k0 + k, lines, s);
+    constexpr int64_t kStep = kPair ? 2 * kThinDepth : kThinDepth;
+    for (int64_t k = 0; k < depth; k += kStep) {
+        int64_t lines = min64(kStep, depth - k);
+        pack<kThinDepth * kTileCols, kPair>(segment, j0, cols, k0 + k, lines, s);
         for (int64_t i = 0; i < rows; i += V::kTileRows)
-            tiles<V::kTileRows, kThinDepth * kTileCols, true>(
-                rows - i, x + i * kStride + k, s.weights, panels, lines, s.block + i * kSumStride);
+            tiles<V::kTileRows, kThinDepth * kTileCols, true, kPair>(
+                rows - i, x + i * kStride + elements_of(k, kPair), s.weights, panels,
+                elements_of(lines, kPair), s.block + i * kSumStride);
     }
     for (int64_t i = 0; i < rows; ++i)
         add_run(sum + i * kSumStride, s.block + i * kSumStride, panels * kTileCols);
+}
+
+// Adds a segment's products to rows low .. high of `target`, the tile of rows i0 .. of the output.
+template <bool kPair>
+void add_products(const Product& p, const Segment& segment, int64_t i0, int64_t low, int64_t high,
+                  int64_t j0, int64_t cols, float* target, PanelScratch& s) {
+    constexpr int64_t kStep = kPair ? 2 * kDepth : kDepth;
+    float *x = s.x + low * kStride, *sum = target + low * kSumStride;
+    for (int64_t k0 = 0; k0 < segment.depth; k0 += kStep) {
+        int64_t depth = min64(kStep, segment.depth - k0);
+        for (int64_t i = low; i < high; ++i) {
+            int64_t row = row_of(p, i0 + i);
+            float* to = s.x + i * kStride;
+            if constexpr (kPair)
+                operand_pairs(segment.x, row, k0, depth, segment.depth_rows, s.line, to);
+            else
+                operand_run(segment.x, row, k0, depth, segment.depth_rows, to);
+        }
+        if (segment.along_columns && high - low <= kFewRows)
+            add_thin_block<kPair>(segment, j0, cols, k0, depth, high - low, x, sum, s);
+        else
+            add_block<kPair>(segment, j0, cols, k0, depth, high - low, x, sum, s);
+    }
 }
 
 struct PanelTask {
@@ -194,6 +258,7 @@ struct PanelTask {
     int64_t tile_rows, tile_cols;
     int64_t row_tiles;
     int status;
+    bool pairs;
 };
 
 // Keeps a sum as it is, if asked for, and scales it.
@@ -256,17 +321,10 @@ void run_panel(const PanelTask& task, int64_t chunk, PanelScratch& s) {
                 for (int64_t i = low; i < high; ++i)
                     __builtin_memset(s.part + i * stride, 0, kSumStride * sizeof(float));
         }
-        float *x = s.x + low * kStride, *sum = target + low * stride;
-        for (int64_t k0 = 0; k0 < segment.depth; k0 += kDepth) {
-            int64_t depth = min64(kDepth, segment.depth - k0);
-            for (int64_t i = low; i < high; ++i)
-                operand_run(segment.x, row_of(p, i0 + i), k0, depth, segment.depth_rows,
-                            s.x + i * kStride);
-            if (segment.along_columns && high - low <= kFewRows)
-                add_thin_block(segment, j0, cols, k0, depth, high - low, x, sum, s);
-            else
-                add_block(segment, j0, cols, k0, depth, high - low, x, sum, s);
-        }
+        if (kPairs && task.pairs && in_pairs(segment))
+            add_products<kPairs>(p, segment, i0, low, high, j0, cols, target, s);
+        else
+            add_products<false>(p, segment, i0, low, high, j0, cols, target, s);
         joined = segment.join;
         if (joined)
             continue;
@@ -297,7 +355,7 @@ void panel_body(void* context, Queue* queue) {
 }
 
 int panel_product(const Product& p, int threads) {
-    PanelTask task = {&p, kPanelRows, kRowPanelCols, 0, kOk};
+    PanelTask task = {&p, kPanelRows, kRowPanelCols, 0, kOk, kPairs && fast_pair_products()};
     for (int n = 0; n < p.segments; ++n)
         if (segment_of(p, n).along_columns)
             task.tile_cols = kPanelCols;

@@ -9,6 +9,7 @@ namespace {
 
 constexpr int64_t kMaxRows = 8;
 constexpr int64_t kPiece = 512; // weights decoded at a time; a multiple of 4 * kLanes and kWide
+constexpr int64_t kBuffer = 3 * kPiece; // a decoded piece, and the numbers that become pairs
 constexpr int64_t kBlockRows = 8;
 constexpr int kChains = V::kLanes == 1 ? 16 : 4; // one lane: short sums round less
 
@@ -16,8 +17,13 @@ struct Chains {
     alignas(64) float lane[kChains][V::kLanes];
 };
 
+template <bool kPair>
+PK_SINK inline V::F step(V::F a, V::F b, V::F acc) {
+    return kPair ? Pairs::dot(a, b, acc) : V::fma(a, b, acc);
+}
+
 // R rows of x against one piece of a decoded row; both padded with zeros to whole vectors.
-template <int R>
+template <int R, bool kPair>
 void dots(const float* w, const float* x, int64_t x_stride, int64_t vectors, Chains* chains) {
     V::F acc[R][kChains];
 #pragma GCC unroll 8
@@ -32,7 +38,7 @@ void dots(const float* w, const float* x, int64_t x_stride, int64_t vectors, Cha
             V::F b = V::load(w + (v + c) * L);
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r)
-                acc[r][c] = V::fma(b, V::load(x + r * x_stride + (v + c) * L), acc[r][c]);
+                acc[r][c] = step<kPair>(b, V::load(x + r * x_stride + (v + c) * L), acc[r][c]);
         }
     }
 #pragma GCC unroll 16
@@ -41,7 +47,7 @@ void dots(const float* w, const float* x, int64_t x_stride, int64_t vectors, Cha
             V::F b = V::load(w + (v + c) * L);
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r)
-                acc[r][c] = V::fma(b, V::load(x + r * x_stride + (v + c) * L), acc[r][c]);
+                acc[r][c] = step<kPair>(b, V::load(x + r * x_stride + (v + c) * L), acc[r][c]);
         }
     }
 #pragma GCC unroll 8
@@ -51,16 +57,16 @@ void dots(const float* w, const float* x, int64_t x_stride, int64_t vectors, Cha
             V::store(chains[r].lane[c], acc[r][c]);
 }
 
-template <int R>
+template <int R, bool kPair>
 void dots_of(int64_t rows, const float* w, const float* x, int64_t x_stride, int64_t vectors,
              Chains* chains) {
     if constexpr (R > 1) {
         if (rows < R) {
-            dots_of<R - 1>(rows, w, x, x_stride, vectors, chains);
+            dots_of<R - 1, kPair>(rows, w, x, x_stride, vectors, chains);
             return;
         }
     }
-    dots<R>(w, x, x_stride, vectors, chains);
+    dots<R, kPair>(w, x, x_stride, vectors, chains);
 }
 
 float fold(const Chains& c) {
@@ -76,7 +82,12 @@ float fold(const Chains& c) {
     return V::reduce_add(sum[0]);
 }
 
-int64_t padded(int64_t depth) { return ceil_div(depth, kChains * L) * (kChains * L); }
+int64_t padded(int64_t elements) { return ceil_div(elements, kChains * L) * (kChains * L); }
+
+// Elements of a converted row of x: numbers, or pairs of them.
+int64_t line_of(const Segment& segment) {
+    return padded(elements_of(segment.depth, in_pairs(segment)));
+}
 
 // Whether a segment's weights are decoded in whole groups, in the order that is cheapest.
 bool in_groups(const Weight& w) {
@@ -102,6 +113,26 @@ void fused_dot(const Weight& w, int64_t row, const float* x, Chains& chains) {
     decode_groups<kDtype, false>(w, row * w.cols, w.cols / V::kWide, sink);
     for (int c = 0; c < kChains; ++c)
         V::store(chains.lane[c], sink.acc[c]);
+}
+
+// The same with pairs: the chains of two groups differ.
+void fused_dot_pairs(const Weight& w, int64_t row, const float* x, Chains& chains) {
+    V::F acc[kChains];
+    for (int c = 0; c < kChains; ++c)
+        acc[c] = V::load(chains.lane[c]);
+    decode_row_groups(w, row * w.cols, w.cols / 64, [&](int64_t g, const V::F v[2]) PK_SINK {
+        const float* at = x + 32 * g;
+        acc[0] = Pairs::dot(v[0], V::load(at), acc[0]);
+        acc[1] = Pairs::dot(v[1], V::load(at + L), acc[1]);
+        V::F first = acc[0], second = acc[1]; // turns, without a branch
+        acc[0] = acc[2 % kChains];
+        acc[1] = acc[3 % kChains];
+        acc[2 % kChains] = first;
+        acc[3 % kChains] = second;
+    });
+    int turn = w.cols / 64 % 2 == 0 ? 0 : 2;
+    for (int c = 0; c < kChains; ++c)
+        V::store(chains.lane[(c + turn) % kChains], acc[c]);
 }
 
 void decode_piece(const Weight& w, int64_t row, int64_t k, int64_t len, float* piece) {
@@ -136,17 +167,29 @@ struct RowTask {
     int status;
 };
 
+void convert_pairs(const Segment& segment, int64_t row, float* out) {
+    float line[kPiece];
+    for (int64_t k = 0; k < segment.depth; k += kPiece) {
+        int64_t len = min64(kPiece, segment.depth - k);
+        operand_pairs(segment.x, row, k, len, nullptr, line, out + k / 2);
+    }
+}
+
 void convert_x(const RowTask& task, float* x) {
     const Product& p = *task.p;
     for (int n = 0; n < p.segments; ++n) {
         const Segment& segment = segment_of(p, n);
-        int64_t whole = padded(segment.depth), end = min64(segment.row_end, p.m);
+        bool pairs = in_pairs(segment);
+        int64_t whole = line_of(segment), end = min64(segment.row_end, p.m);
         for (int64_t i = segment.row_begin; i < end; ++i) {
             float* line = x + i * task.x_stride;
-            operand_run(segment.x, row_of(p, i), 0, segment.depth, nullptr, line);
-            if (in_groups(segment.w))
+            if (pairs)
+                convert_pairs(segment, row_of(p, i), line);
+            else
+                operand_run(segment.x, row_of(p, i), 0, segment.depth, nullptr, line);
+            if (!pairs && in_groups(segment.w))
                 reorder(line, segment.depth, segment.w.dtype);
-            for (int64_t k = segment.depth; k < whole; ++k)
+            for (int64_t k = elements_of(segment.depth, pairs); k < whole; ++k)
                 line[k] = 0.0f;
         }
         x += whole;
@@ -161,9 +204,12 @@ void add_segment(const RowTask& task, const Segment& segment, const float* x, in
     if (segment.row_begin >= end)
         return;
     constexpr bool kFuse = V::kWide / L % kChains == 0;
+    bool pairs = in_pairs(segment);
     if (kFuse && m == 1 && in_groups(w)) {
         for (int64_t r = 0; r < rows; ++r) {
-            if (w.dtype == kBF16)
+            if (pairs)
+                fused_dot_pairs(w, j + r, x, chains[r]);
+            else if (w.dtype == kBF16)
                 fused_dot<kBF16>(w, j + r, x, chains[r]);
             else if (w.dtype == kF16)
                 fused_dot<kF16>(w, j + r, x, chains[r]);
@@ -172,16 +218,28 @@ void add_segment(const RowTask& task, const Segment& segment, const float* x, in
         }
         return;
     }
-    for (int64_t k = 0; k < segment.depth; k += kPiece) {
-        int64_t len = min64(kPiece, segment.depth - k);
-        int64_t vectors = ceil_div(len, L);
+    int64_t whole = pairs ? 2 * kPiece : kPiece;
+    for (int64_t k = 0; k < segment.depth; k += whole) {
+        int64_t len = min64(whole, segment.depth - k);
+        int64_t elements = elements_of(len, pairs), vectors = ceil_div(elements, L);
+        const float* at = x + elements_of(k, pairs);
         for (int64_t r = 0; r < rows; ++r) {
-            decode_piece(w, j + r, k, len, piece);
-            for (int64_t i = len; i < vectors * L; ++i)
+            if (pairs)
+                decode_pairs(w, j + r, k, len, piece + kPiece, piece);
+            else
+                decode_piece(w, j + r, k, len, piece);
+            for (int64_t i = elements; i < vectors * L; ++i)
                 piece[i] = 0.0f;
-            for (int64_t i = segment.row_begin; i < end; i += V::kRowGroup)
-                dots_of<V::kRowGroup>(end - i, piece, x + i * task.x_stride + k, task.x_stride,
-                                      vectors, chains + r * m + i);
+            for (int64_t i = segment.row_begin; i < end; i += V::kRowGroup) {
+                const float* rows_of_x = at + i * task.x_stride;
+                Chains* sums = chains + r * m + i;
+                if (kPairs && pairs)
+                    dots_of<V::kRowGroup, kPairs>(end - i, piece, rows_of_x, task.x_stride, vectors,
+                                                  sums);
+                else
+                    dots_of<V::kRowGroup, false>(end - i, piece, rows_of_x, task.x_stride, vectors,
+                                                 sums);
+            }
         }
     }
 }
@@ -206,12 +264,12 @@ void store_row(const Product& p, int64_t j, const Chains* chains) {
 void row_body(void* context, Queue* queue) {
     RowTask& task = *(RowTask*)context;
     const Product& p = *task.p;
-    float* piece = (float*)scratch((size_t)(p.m * task.x_stride + kPiece) * sizeof(float));
+    float* piece = (float*)scratch((size_t)(p.m * task.x_stride + kBuffer) * sizeof(float));
     if (piece == nullptr) {
         __atomic_store_n(&task.status, (int)kNoMemory, __ATOMIC_RELAXED);
         return;
     }
-    float* x = piece + kPiece;
+    float* x = piece + kBuffer;
     bool converted = false; // only threads that get a chunk need x
     for (int64_t chunk = next_chunk(queue); chunk >= 0; chunk = next_chunk(queue)) {
         if (!converted)
@@ -226,7 +284,7 @@ void row_body(void* context, Queue* queue) {
             const float* xs = x;
             for (int n = 0; n < p.segments; ++n) {
                 add_segment(task, segment_of(p, n), xs, j, rows, piece, chains);
-                xs += padded(segment_of(p, n).depth);
+                xs += line_of(segment_of(p, n));
             }
             for (int64_t r = 0; r < rows; ++r)
                 store_row(p, j + r, chains + r * p.m);
@@ -251,7 +309,7 @@ int row_product(const Product& p, int threads) {
         depth += segment_of(p, n).depth;
     RowTask task = {&p, 1, 16, kOk}; // 16: rows of x must not all start in the same cache set
     for (int n = 0; n < p.segments; ++n)
-        task.x_stride += padded(segment_of(p, n).depth);
+        task.x_stride += line_of(segment_of(p, n));
     int64_t blocks = 131072 / (depth * kBlockRows); // about 10 us a chunk
     task.rows_per_chunk = kBlockRows * (blocks < 1 ? 1 : blocks > 8 ? 8 : blocks);
     run_parallel(threads, ceil_div(p.n, task.rows_per_chunk), row_body, &task);
