@@ -32,12 +32,14 @@ struct Pairs {
         return _mm512_inserti64x4(_mm512_castsi256_si512(scaled(values, low)), scaled(values, high),
                                   1);
     }
-    // 64 weights of a row from 32 bytes, in order.
+    // 64 weights of a row from 32 bytes, in order. Two bytes to a quadword, whose nibbles a
+    // multishift puts into the lower bits of its four words; what lies above them is not looked at.
     PK_INLINE void along_row(const Table& t, const uint8_t* bytes, V::F out[2]) {
+        const I nibbles = _mm512_set1_epi64(0x0008000c00000004);
 #pragma GCC unroll 2
         for (int i = 0; i < 2; ++i) {
-            I b = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(bytes + 16 * i)));
-            I code = _mm512_or_si512(_mm512_srli_epi32(b, 4), _mm512_slli_epi32(b, 16));
+            I b = _mm512_cvtepu16_epi64(_mm_loadu_si128((const __m128i*)(bytes + 16 * i)));
+            I code = _mm512_multishift_epi64_epi8(nibbles, b);
             out[i] = _mm512_castsi512_ps(_mm512_permutexvar_epi16(code, t));
         }
     }

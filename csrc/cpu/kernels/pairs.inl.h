@@ -39,6 +39,8 @@ bool in_whole_groups(const Weight& w, int64_t flat) {
     return w.kind == k4Bit && flat % 64 == 0 && w.block_shift >= 6;
 }
 
+constexpr int64_t kAheadBytes = 1024; // across page ends, where the processor stops prefetching
+
 // sink(g, v) takes the two vectors of group g of a row.
 template <class Sink>
 PK_SINK inline void decode_row_groups(const Weight& w, int64_t flat, int64_t groups, Sink&& sink) {
@@ -46,6 +48,7 @@ PK_SINK inline void decode_row_groups(const Weight& w, int64_t flat, int64_t gro
     const uint8_t* p = (const uint8_t*)w.p + flat / 2;
     for (int64_t g = 0; g < groups; ++g, p += 32) {
         V::F v[2];
+        __builtin_prefetch(p + kAheadBytes, 0, 3);
         float scale = block_absmax(w, (flat + 64 * g) >> w.block_shift);
         Pairs::along_row(Pairs::table(values, scale), p, v);
         sink(g, v);
