@@ -155,16 +155,22 @@ def peak_memory(contender: Contender, rows: int) -> int:
     """
     call = contender.prepare(rows)
     call(0)
+    reset_peak_memory()
+    before = memory_status("VmRSS")
+    call(0)
+    return max(0, memory_status("VmHWM") - before)
+
+
+def reset_peak_memory() -> None:
+    """Sets the peak (VmHWM) back to what is resident now, after giving free memory back."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # else memory that was freed before hides the growth
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
-    before = _status("VmRSS")
-    call(0)
-    return max(0, _status("VmHWM") - before)
+    Path("/proc/self/clear_refs").write_text("5")
 
 
-def _status(name: str) -> int:
+def memory_status(name: str) -> int:
+    """Bytes of this process by a name of /proc/self/status, for instance VmRSS."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) << 10

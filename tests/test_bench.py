@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from bench import (
     bench_qlora,
     bench_quantize,
     cases,
+    llama_step,
     measure,
     report,
 )
@@ -86,3 +88,21 @@ def test_command_tells_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     done = testing.CliRunner().invoke(make_app(), ["bench", "--op", "qlora_layer"])
     assert done.exit_code == 2
     assert 'pip install "peftkern[bench]"' in done.output
+
+
+@pytest.mark.slow
+@pytest.mark.hf
+def test_llama_step_compares_from_the_same_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    small = ["--layers=1", "--width=64", "--vocabulary=64", "--tokens=16", "--rounds=1"]
+    found = tmp_path / "found.json"
+    contenders = ["frozen", "peft-nf4", "pk-nf4"]
+    llama_step.main([*small, "--threads=1", f"--json={found}", "--contenders", *contenders])
+    rows = json.loads(found.read_text())
+    assert list(rows) == contenders
+    assert rows["pk-nf4"]["loss"] == pytest.approx(rows["peft-nf4"]["loss"], rel=1e-2)
+    assert all(row["peak"] >= row["kept"] > 0 for row in rows.values())
+    assert "peftkern, LoRA over NF4" in capsys.readouterr().out
