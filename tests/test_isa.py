@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(not native.available(), reason=str(native.reason())),
 ]
 
-ISAS = ("scalar", "avx2", "avx512", "avx512-bf16", "avx512-emulated")
+ISAS = ("scalar", "avx2", "avx512", "avx512-bf16", "avx512-amx", "avx512-emulated")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EMULATED = "avx512-emulated"
 PAIRS = (

@@ -110,9 +110,10 @@ def test_isa_code_stays_in_its_object() -> None:
         if name == "isa_avx2":
             assert not re.findall(r"%zmm\d|%[xy]mm(?:1[6-9]|2\d|3[01])|%k[1-7]", code)
             assert "%ymm" in code
-        if name in ("isa_avx512", "isa_avx512_bf16"):
+        if name in ("isa_avx512", "isa_avx512_bf16", "isa_avx512_amx"):
             assert "%zmm" in code
-            assert ("vdpbf16ps" in code) == (name == "isa_avx512_bf16")
+            assert ("vdpbf16ps" in code) == (name != "isa_avx512")
+            assert ("tdpbf16ps" in code) == (name == "isa_avx512_amx")
 
 
 @needs_native

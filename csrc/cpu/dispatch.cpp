@@ -13,6 +13,7 @@ extern const Kernels kAvx2Kernels;
 #if defined(PK_BUILD_AVX512)
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx512Bf16Kernels;
+extern const Kernels kAvx512AmxKernels;
 #endif
 #if defined(PK_EMULATE_AVX512)
 extern const Kernels kAvx512EmulatedKernels;
@@ -31,6 +32,7 @@ const Isa kIsas[] = {
 #if defined(PK_BUILD_AVX512)
     {&kAvx512Kernels, has_avx512},
     {&kAvx512Bf16Kernels, has_avx512_bf16},
+    {&kAvx512AmxKernels, has_amx},
 #endif
     {nullptr, nullptr},
 };

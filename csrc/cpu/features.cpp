@@ -2,6 +2,14 @@
 
 #include <atomic>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace pk {
 
 static std::atomic<int> pair_products{-1};
@@ -38,12 +46,40 @@ bool has_avx512_bf16() {
     return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
            __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
 }
+
+// Asks Linux for the tiles' state, which a process does not have by itself.
+static bool ask_for_tiles() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!has_avx512_bf16() || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0)
+        return false;
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+    if ((d & kBf16) == 0 || (d & kTile) == 0)
+        return false;
+    unsigned low = 0, high = 0;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    constexpr unsigned kTileState = 3u << 17;
+    if ((low & kTileState) != kTileState)
+        return false;
+#if defined(__linux__)
+    constexpr long kRequest = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+    return false;
+#endif
+}
+
+bool has_amx() {
+    static const bool has = ask_for_tiles();
+    return has;
+}
 #else
 bool has_avx2() { return false; }
 
 bool has_avx512() { return false; }
 
 bool has_avx512_bf16() { return false; }
+
+bool has_amx() { return false; }
 #endif
 
 } // namespace pk

@@ -6,6 +6,7 @@ namespace pk {
 bool has_avx2();        // AVX2 + FMA + F16C
 bool has_avx512();      // F + BW + DQ + VL, on top of has_avx2()
 bool has_avx512_bf16(); // BF16 + VBMI + VNNI, on top of has_avx512()
+bool has_amx();         // AMX tiles of bf16, granted to this process, on top of has_avx512_bf16()
 
 // Whether products of bf16 pairs outrun fp32's (vdpbf16ps twice as many in the same time, as on
 // AMD's) or only save the conversions around them (a quarter of the rate, half as many, on

@@ -51,3 +51,4 @@ PK_HD Ladder make_ladder(int quant_type) {
 #include "simd_scalar.h"
 #endif
 #include "simd_pairs.h"
+#include "simd_tiles.h"

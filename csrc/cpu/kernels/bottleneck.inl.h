@@ -178,13 +178,13 @@ int bottleneck_forward(const Bottleneck& b) {
         return few_rows(b);
     double work = (double)b.m * (double)b.rank * (double)(b.k + b.n);
     int threads = worthwhile_threads(b.threads, work * 3e-5 / V::kSpeed);
-    BottleneckTask task = {&b, kPanelRows, kOk};
-    int64_t tiles = ceil_div(b.m, kPanelRows);
+    BottleneckTask task = {&b, kVectorRows, kOk};
+    int64_t tiles = ceil_div(b.m, kVectorRows);
     if (tiles < threads)
         tiles = threads;
     task.tile_rows = ceil_div(ceil_div(b.m, tiles), V::kTileRows) * V::kTileRows;
-    if (task.tile_rows > kPanelRows)
-        task.tile_rows = kPanelRows;
+    if (task.tile_rows > kVectorRows)
+        task.tile_rows = kVectorRows;
     run_parallel(threads, ceil_div(b.m, task.tile_rows), bottleneck_body, &task);
     return task.status;
 }

@@ -10,11 +10,15 @@ namespace {
 
 constexpr int kDepth = 128;
 constexpr int kTileCols = V::kTileVecs * V::kLanes;
-constexpr int kPanelCols = 512;    // at most; wide, so that reading down the columns of a row-major
+constexpr int kPanelCols =
+    kTiles ? 256 : 512;            // at most; wide, so that reading down the columns of a row-major
                                    // weight takes whole stretches of each row
 constexpr int kRowPanelCols = 256; // where output columns are storage rows
 constexpr int kSumStride = kPanelCols + 16;
-constexpr int kPanelRows = 144;
+constexpr int kVectorRows = 144;
+// Tiles multiply so fast that decoding a panel must serve more rows.
+constexpr int kPanelRows = kTiles ? 512 : kVectorRows;
+constexpr int kTilePairs = 16; // depth of a tile
 // Row i of the converted x block starts at i * kStride: a constant, so that the tile kernel
 // addresses its rows by displacement; not a power of two, so that they do not share cache sets.
 constexpr int kStride = kDepth + 16;
@@ -26,6 +30,11 @@ constexpr int kPanelStride = kDepth * kTileCols + 16;
 constexpr int kPanelGroup = 3;
 constexpr int kFewRows = 8;
 constexpr int kThinDepth = 8;
+
+template <int N>
+struct Number {
+    static constexpr int value = N;
+};
 
 struct PanelScratch {
     alignas(64) float weights[kPanelCols / kTileCols * kPanelStride]; // each panel depth-major
@@ -100,6 +109,13 @@ struct ToPanels {
     }
 };
 
+// Zeros after n numbers in pairs, up to a whole tile.
+void fill_tile(float* pairs, int64_t n) {
+    int64_t end = ceil_div(n, 2 * kTilePairs) * kTilePairs;
+    for (int64_t i = ceil_div(n, 2); kTiles && i < end; ++i)
+        pairs[i] = 0.0f;
+}
+
 // Output columns are storage rows: decode kLanes rows, transpose them into the panel. `depth` and
 // `k0` count numbers, also where the panel is made of pairs.
 template <bool kPair>
@@ -112,9 +128,10 @@ void pack_rows(const Weight& w, int64_t row0, int64_t rows, int64_t k0, int64_t 
             float* row = s.rows + r * kStride;
             if (j + r >= rows)
                 __builtin_memset(row, 0, kDepth * sizeof(float));
-            else if constexpr (kPair)
+            else if constexpr (kPair) {
                 decode_pairs(w, row0 + j + r, k0, depth, s.line, row);
-            else
+                fill_tile(row, depth);
+            } else
                 decode_run(w, row0 + j + r, k0, depth, row);
         }
         float* panel = s.weights + j / kTileCols * kPanelStride + j % kTileCols;
@@ -180,6 +197,10 @@ void pack_column_pairs(const Segment& segment, int64_t col0, int64_t cols, int64
         decode_pair_of_rows(segment.w, row(k), k + 1 < end ? row(k + 1) : -1, col0, cols, s.line,
                             kPanelCols, put);
     }
+    int64_t lines = ceil_div(depth, 2), tile = ceil_div(lines, kTilePairs) * kTilePairs;
+    for (int64_t k = lines; kTiles && k < tile; ++k)
+        for (int64_t j = 0; j < whole; j += L)
+            V::store(s.weights + k * kTileCols + j / kTileCols * S + j % kTileCols, V::zero());
 }
 
 template <int S, bool kPair>
@@ -191,6 +212,30 @@ void pack(const Segment& segment, int64_t col0, int64_t cols, int64_t k0, int64_
         pack_columns<S>(segment, col0, cols, k0, depth, s);
 }
 
+// A block's products by AMX: each sum goes on where the last block left it.
+void add_tiles(int64_t rows, const float* x, int64_t panels, int64_t steps, float* sum,
+               PanelScratch& s) {
+    auto strip = [&](auto height, int64_t i, int64_t j) PK_SINK {
+        Tiles::multiply<decltype(height)::value>(x + i * kStride, kStride,
+                                                 s.weights + j * kPanelStride, kTileCols, steps,
+                                                 sum + i * kSumStride + j * kTileCols, kSumStride);
+    };
+    int64_t whole = rows / 16 * 16, rest = rows - whole;
+    for (int64_t j = 0; j < panels; ++j) {
+        int64_t i = 0;
+        for (; i + 32 <= whole; i += 32)
+            strip(Number<2>(), i, j);
+        if (i < whole)
+            strip(Number<1>(), i, j);
+    }
+    if (rest == 0)
+        return;
+    Tiles::configure((int)rest);
+    for (int64_t j = 0; j < panels; ++j)
+        strip(Number<1>(), whole, j);
+    Tiles::configure(16);
+}
+
 // Adds one block of the depth to the sums of a task: `rows` rows of x and of `sum`.
 template <bool kPair>
 void add_block(const Segment& segment, int64_t j0, int64_t cols, int64_t k0, int64_t depth,
@@ -199,8 +244,12 @@ void add_block(const Segment& segment, int64_t j0, int64_t cols, int64_t k0, int
         pack<kPanelStride, kPair>(segment, j0, cols, k0, depth, s);
     else
         pack_rows<kPair>(segment.w, j0, cols, k0, depth, s);
-    // A few panels at a time, so that they stay in the first-level cache over the rows.
     int64_t panels = ceil_div(cols, kTileCols);
+    if constexpr (kTiles && kPair) {
+        add_tiles(rows, x, panels, ceil_div(depth, 2 * kTilePairs), sum, s);
+        return;
+    }
+    // A few panels at a time, so that they stay in the first-level cache over the rows.
     for (int64_t j = 0; j < panels; j += kPanelGroup)
         for (int64_t i = 0; i < rows; i += V::kTileRows)
             tiles<V::kTileRows, kPanelStride, false, kPair>(
@@ -241,12 +290,13 @@ void add_products(const Product& p, const Segment& segment, int64_t i0, int64_t 
         for (int64_t i = low; i < high; ++i) {
             int64_t row = row_of(p, i0 + i);
             float* to = s.x + i * kStride;
-            if constexpr (kPair)
+            if constexpr (kPair) {
                 operand_pairs(segment.x, row, k0, depth, segment.depth_rows, s.line, to);
-            else
+                fill_tile(to, depth);
+            } else
                 operand_run(segment.x, row, k0, depth, segment.depth_rows, to);
         }
-        if (segment.along_columns && high - low <= kFewRows)
+        if (segment.along_columns && high - low <= kFewRows && !(kTiles && kPair))
             add_thin_block<kPair>(segment, j0, cols, k0, depth, high - low, x, sum, s);
         else
             add_block<kPair>(segment, j0, cols, k0, depth, high - low, x, sum, s);
@@ -350,18 +400,26 @@ void panel_body(void* context, Queue* queue) {
         __atomic_store_n(&task.status, (int)kNoMemory, __ATOMIC_RELAXED);
         return;
     }
+    if (kTiles && task.pairs)
+        Tiles::configure(16);
     for (int64_t chunk = next_chunk(queue); chunk >= 0; chunk = next_chunk(queue))
         run_panel(task, chunk, *s);
+    if (kTiles && task.pairs)
+        Tiles::release();
 }
 
 int panel_product(const Product& p, int threads) {
-    PanelTask task = {&p, kPanelRows, kRowPanelCols, 0, kOk, kPairs && fast_pair_products()};
-    for (int n = 0; n < p.segments; ++n)
+    PanelTask task = {&p, 0, kRowPanelCols, 0, kOk, kTiles || (kPairs && fast_pair_products())};
+    bool tiles = false;
+    for (int n = 0; n < p.segments; ++n) {
         if (segment_of(p, n).along_columns)
             task.tile_cols = kPanelCols;
+        tiles = tiles || (kTiles && in_pairs(segment_of(p, n)));
+    }
     // Even shares of the rows, in whole register tiles; narrower panels while tasks are few.
-    int64_t blocks = ceil_div(p.m, kPanelRows);
-    task.tile_rows = ceil_div(ceil_div(p.m, blocks), V::kTileRows) * V::kTileRows;
+    int64_t most = tiles ? kPanelRows : kVectorRows, step = tiles ? 16 : V::kTileRows;
+    int64_t blocks = ceil_div(p.m, most);
+    task.tile_rows = ceil_div(ceil_div(p.m, blocks), step) * step;
     task.row_tiles = ceil_div(p.m, task.tile_rows);
     while (task.tile_cols > 32 && task.row_tiles * ceil_div(p.n, task.tile_cols) < 4 * threads)
         task.tile_cols /= 2;
