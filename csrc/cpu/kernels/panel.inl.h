@@ -121,7 +121,8 @@ void fill_tile(float* pairs, int64_t n) {
 template <bool kPair>
 void pack_rows(const Weight& w, int64_t row0, int64_t rows, int64_t k0, int64_t depth,
                PanelScratch& s) {
-    for (int64_t j = 0; j < rows; j += L) {
+    // Columns that fill up the last panel are zeros: what lay there could be denormal, and slow.
+    for (int64_t j = 0; j < ceil_div(rows, kTileCols) * kTileCols; j += L) {
         for (int64_t r = 0; r < L; ++r) {
             if (j + r + L < rows)
                 prefetch_run(w, row0 + j + r + L, k0, depth);
