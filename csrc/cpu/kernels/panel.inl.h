@@ -124,8 +124,12 @@ void pack_rows(const Weight& w, int64_t row0, int64_t rows, int64_t k0, int64_t 
     // Columns that fill up the last panel are zeros: what lay there could be denormal, and slow.
     for (int64_t j = 0; j < ceil_div(rows, kTileCols) * kTileCols; j += L) {
         for (int64_t r = 0; r < L; ++r) {
-            if (j + r + L < rows)
+            // Each row gives a line or two of memory to a block, so that the processor sees no
+            // stream: a row's part of the next block is asked for a whole block ahead.
+            if (k0 == 0 && j + r + L < rows)
                 prefetch_run(w, row0 + j + r + L, k0, depth);
+            if (j + r < rows && k0 + depth < w.cols)
+                prefetch_run(w, row0 + j + r, k0 + depth, min64(depth, w.cols - k0 - depth));
             float* row = s.rows + r * kStride;
             if (j + r >= rows)
                 __builtin_memset(row, 0, kDepth * sizeof(float));
