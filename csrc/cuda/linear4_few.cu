@@ -2,15 +2,16 @@
 //
 // mma.m16n8k16 with 16 outputs as the rows, and the depth ordered for the storage: within 64
 // weights of a row lane t of a quad takes 16 neighbours, 8 bytes of W and 32 of x, so that each
-// packed byte is one A register by one look-up in a table that the lane has for itself. The code
-// products of a block are summed in a fresh accumulator, which one FMA multiplies by the block's
-// fp32 scale.
+// packed byte is one A register by one look-up in a table that the lane has for itself. The table
+// has 256 bytes for each byte of W and starts where the lower 16 bits of an address are 0: one
+// permutation of bytes makes the address. The code products of a block are summed in a fresh
+// accumulator, which one FMA multiplies by the block's fp32 scale.
 //
 // A block takes 16 outputs and all of the depth, 128 at a time for each warp, and adds the warps'
 // sums in order: nothing is left for a second kernel. Blocks are persistent; each warp keeps the
 // weights of its next turns on their way (cp.async into its own ring), across tiles and from before
-// the table is made, and fetches x and the statistics a turn ahead. Results depend on K and on
-// whether M is above 8, on nothing else.
+// the table is made, and fetches x and its share of the statistics a turn ahead. Results depend on
+// K and on whether M is above 8, on nothing else.
 
 #include "epilogue.cuh"
 #include "scales.cuh"
@@ -21,7 +22,8 @@ namespace {
 constexpr int kRows = 16;   // outputs of a tile
 constexpr int kDepth = 128; // of a row, in one turn of a warp
 constexpr int kTurnBytes = kRows * kDepth / 2;
-constexpr int kTableBytes = 256 * 32 * 4;
+constexpr int kTableRow = 256;               // bytes for each byte of W; the lanes' words fill half
+constexpr int kTableBytes = 256 * kTableRow; // from a multiple of this on
 constexpr int kMapBytes = 256 * 4;
 
 // kTiles: rows of x, in eights. Twice the rows take twice the registers, and leave half the warps.
@@ -30,9 +32,10 @@ struct Few {
     static constexpr int kWarps = kTiles == 1 ? 16 : 8;
     static constexpr int kThreads = 32 * kWarps;
     static constexpr int kStages = kTiles == 1 ? 4 : 8;
-    static constexpr int kSums = kWarps * kRows * 8 * kTiles; // of a tile
-    static constexpr int kSharedBytes =
-        kTableBytes + kMapBytes + kWarps * kStages * kTurnBytes + 2 * kSums * 4;
+    static constexpr int kSums = kWarps * kRows * 8 * kTiles;        // of a tile
+    static constexpr int kRingBytes = kWarps * kStages * kTurnBytes; // behind the table
+    static_assert(kMapBytes + 2 * kSums * 4 + 1024 <= kTableBytes, "map and sums stand before it");
+    static constexpr int kSharedBytes = 2 * kTableBytes + kRingBytes;
 };
 
 struct CodeValues {
@@ -45,78 +48,26 @@ struct FewArgs {
     Scales scales;
     CodeValues codes; // in the kernel's parameters: nearer than memory when it begins
     int block_shift;  // 6 or more
-    bool paired;      // statistics of neighbouring blocks are read together
     int64_t m, n, k;
     Epilogue epilogue;
 };
 
-// The pair of codes of byte i, as an A register; `lane4` is 4 * lane.
-__device__ __forceinline__ uint32_t code_pair(SharedAddress table, uint32_t lane4, uint32_t w,
-                                              int i) {
-    uint32_t shifted = i == 0 ? w << 7 : w >> (8 * i - 7);
-    return load_shared_word(table + ((shifted & 0x7f80u) | lane4));
-}
-
-// Statistics of two rows, two blocks each, as they are stored.
-struct RawScales {
-    float plain[2][2]; // or the nested absmax
-    uint32_t code[2][2];
-    bool pair; // nested: code[row][0] holds both codes, plain[row][0] is for both
-
-    template <bool kNested>
-    __device__ __forceinline__ float value(const float* map, float offset, int row,
-                                           int block) const {
-        if (!kNested)
-            return plain[row][block];
-        uint32_t c = pair ? code[row][0] >> 8 * block & 255 : code[row][block];
-        return nested_sum(map[c], pair ? plain[row][0] : plain[row][block], offset);
-    }
+// A statistic as it is stored: of one row and one block of 64, a different one in each lane of a
+// quad.
+struct RawScale {
+    float plain; // or the nested absmax
+    uint32_t code;
 };
-
-template <bool kNested>
-__device__ __forceinline__ RawScales fetch_scales(const FewArgs& a, const int64_t first[2],
-                                                  bool inside[2]) {
-    RawScales raw = {};
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-        int64_t block = first[row] >> a.block_shift;
-        if (a.paired && inside[1]) {
-            if (kNested) {
-                // Both codes in one word: taking it apart here would wait for it.
-                raw.code[row][0] = *(const uint16_t*)((const uint8_t*)a.scales.absmax + block);
-                raw.plain[row][0] = a.scales.nested_absmax[block >> kNestedShift];
-                raw.pair = true;
-            } else {
-                float2 both = *(const float2*)((const float*)a.scales.absmax + block);
-                raw.plain[row][0] = both.x, raw.plain[row][1] = both.y;
-            }
-            continue;
-        }
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            if (!inside[i])
-                continue;
-            int64_t own = (first[row] + 64 * i) >> a.block_shift;
-            if (kNested) {
-                raw.code[row][i] = ((const uint8_t*)a.scales.absmax)[own];
-                raw.plain[row][i] = a.scales.nested_absmax[own >> kNestedShift];
-            } else {
-                raw.plain[row][i] = ((const float*)a.scales.absmax)[own];
-            }
-        }
-    }
-    return raw;
-}
 
 template <int kDtype, int kTiles, bool kNested>
 __global__ void __launch_bounds__(Few<kTiles>::kThreads, 1) linear_4bit_few_kernel(FewArgs a) {
     using F = Few<kTiles>;
     PK_DYNAMIC_SHARED(memory);
-    uint32_t* table = (uint32_t*)memory;
-    float* map = (float*)(memory + kTableBytes);
+    float* map = (float*)memory;
+    float* sums = (float*)(memory + kMapBytes);
+    unsigned char* table = memory + (kTableBytes - shared_offset(memory) % kTableBytes);
     int tid = (int)threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
-    unsigned char* ring = memory + kTableBytes + kMapBytes + warp * F::kStages * kTurnBytes;
-    float* sums = (float*)(memory + kTableBytes + kMapBytes + F::kWarps * F::kStages * kTurnBytes);
+    unsigned char* ring = table + kTableBytes + warp * F::kStages * kTurnBytes;
     constexpr int kStride = F::kWarps * kDepth; // from a warp's turn to its next
     int k_size = (int)a.k, own_k = warp * kDepth;
     int64_t tiles = ceil_div(a.n, kRows), grid = gridDim.x;
@@ -171,16 +122,23 @@ __global__ void __launch_bounds__(Few<kTiles>::kThreads, 1) linear_4bit_few_kern
                 v[i][block][1] = inside ? p[1] : uint4{0, 0, 0, 0};
             }
     };
-    int64_t row_start[2]; // of rows g and g + 8 of the tile that statistics are fetched for
-    auto start_rows = [&](int64_t tile) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-            row_start[i] = min64(tile * kRows + g + 8 * i, a.n - 1) * a.k;
+    // Lane t of a quad fetches the statistic of row g + 8 (t / 2), block t % 2 of a turn.
+    int64_t row_start = 0; // of that row, in the tile that statistics are fetched for
+    auto start_row = [&](int64_t tile) {
+        row_start = min64(tile * kRows + g + 8 * (t / 2), a.n - 1) * a.k + 64 * (t % 2);
     };
-    auto load_scales = [&](int64_t tile, int k) {
-        const int64_t first[2] = {row_start[0] + k, row_start[1] + k};
-        bool inside[2] = {tile < tiles && k < k_size, tile < tiles && k + 64 < k_size};
-        return fetch_scales<kNested>(a, first, inside);
+    auto load_scale = [&](int64_t tile, int k) {
+        RawScale raw = {};
+        if (tile < tiles && k + 64 * (t % 2) < k_size) {
+            int64_t block = (row_start + k) >> a.block_shift;
+            if (kNested) {
+                raw.code = ((const uint8_t*)a.scales.absmax)[block];
+                raw.plain = a.scales.nested_absmax[block >> kNestedShift];
+            } else {
+                raw.plain = ((const float*)a.scales.absmax)[block];
+            }
+        }
+        return raw;
     };
 
     aim();
@@ -190,19 +148,18 @@ __global__ void __launch_bounds__(Few<kTiles>::kThreads, 1) linear_4bit_few_kern
     for (int i = 0; i < F::kStages - 1; ++i)
         copy();
     load_x(own_k, x);
-    start_rows(blockIdx.x);
-    RawScales now = load_scales(blockIdx.x, own_k);
+    start_row(blockIdx.x);
+    RawScale now = load_scale(blockIdx.x, own_k);
     float offset = kNested ? *a.scales.nested_offset : 0.0f;
     for (int i = tid; i < 256 * 8; i += F::kThreads) { // 16 bytes of a byte's 128
         uint32_t v = pack2<kDtype>(a.codes.v[i / 8 >> 4], a.codes.v[i / 8 & 15]);
-        ((uint4*)table)[i] = uint4{v, v, v, v};
+        *(uint4*)(table + i / 8 * kTableRow + i % 8 * 16) = uint4{v, v, v, v};
     }
     if (kNested)
         load_dynamic_map(map);
     __syncthreads();
 
-    SharedAddress codes = shared_address(table);
-    uint32_t lane4 = 4u * (uint32_t)lane;
+    SharedAddress codes = shared_address(table) + 4u * (uint32_t)lane; // this lane's
     int slot = 0, half = 0;
     for (int64_t tile = blockIdx.x; tile < tiles; tile += grid) {
         float acc[kTiles][4] = {};
@@ -211,11 +168,12 @@ __global__ void __launch_bounds__(Few<kTiles>::kThreads, 1) linear_4bit_few_kern
             int next_k = last ? own_k : k + kStride;
             load_x(next_k, next_x);
             if (last)
-                start_rows(tile + grid);
-            RawScales later = load_scales(last ? tile + grid : tile, next_k);
+                start_row(tile + grid);
+            RawScale later = load_scale(last ? tile + grid : tile, next_k);
             copy();
             cp_async_wait<F::kStages - 1>();
             __syncwarp();
+            float scale = kNested ? nested_sum(map[now.code], now.plain, offset) : now.plain;
             const unsigned char* w = ring + slot;
             slot = (slot + kTurnBytes) % (F::kStages * kTurnBytes);
 #pragma unroll
@@ -227,12 +185,14 @@ __global__ void __launch_bounds__(Few<kTiles>::kThreads, 1) linear_4bit_few_kern
 #pragma unroll
                 for (int word = 0; word < 2; ++word) {
                     uint32_t u = word == 0 ? upper.x : upper.y, l = word == 0 ? lower.x : lower.y;
-                    const uint32_t first[4] = {
-                        code_pair(codes, lane4, u, 0), code_pair(codes, lane4, l, 0),
-                        code_pair(codes, lane4, u, 1), code_pair(codes, lane4, l, 1)};
-                    const uint32_t second[4] = {
-                        code_pair(codes, lane4, u, 2), code_pair(codes, lane4, l, 2),
-                        code_pair(codes, lane4, u, 3), code_pair(codes, lane4, l, 3)};
+                    const uint32_t first[4] = {load_shared_word(shared_row(codes, u, 0)),
+                                               load_shared_word(shared_row(codes, l, 0)),
+                                               load_shared_word(shared_row(codes, u, 1)),
+                                               load_shared_word(shared_row(codes, l, 1))};
+                    const uint32_t second[4] = {load_shared_word(shared_row(codes, u, 2)),
+                                                load_shared_word(shared_row(codes, l, 2)),
+                                                load_shared_word(shared_row(codes, u, 3)),
+                                                load_shared_word(shared_row(codes, l, 3))};
 #pragma unroll
                     for (int i = 0; i < kTiles; ++i) {
                         const uint4& v = x[i][block][word];
@@ -244,7 +204,7 @@ __global__ void __launch_bounds__(Few<kTiles>::kThreads, 1) linear_4bit_few_kern
                 float s[2];
 #pragma unroll
                 for (int i = 0; i < 2; ++i)
-                    s[i] = now.template value<kNested>(map, offset, i, block);
+                    s[i] = __shfl_sync(0xffffffffu, scale, (lane & 28) + 2 * i + block);
 #pragma unroll
                 for (int i = 0; i < kTiles; ++i)
 #pragma unroll
@@ -324,7 +284,6 @@ extern "C" int pk_cuda_linear_4bit_few(const void* x, int dtype, int64_t m, int6
     static constexpr pk::CodeValues kFP4 = pk::values_of(pk::kFP4Values);
     a.codes = quant_type == pk::kNF4 ? kNF4 : kFP4;
     a.block_shift = block_shift;
-    a.paired = block_shift == 6 && k % 128 == 0 && (uintptr_t)absmax % 8 == 0;
     a.m = m, a.n = n, a.k = k;
     a.epilogue = {out, dtype, bias, rank > 0 ? low : nullptr, up, up_dtype, rank, scaling};
     if (dtype == pk::kBF16)

@@ -104,6 +104,14 @@ __device__ __forceinline__ uint32_t byte_permute(uint32_t a, uint32_t b, uint32_
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(select));
     return r;
 }
+// 256 * (byte i of `word`) + low, for `low` below 256.
+__device__ __forceinline__ uint32_t row_offset(uint32_t low, uint32_t word, int i) {
+    return byte_permute(word, low, 0x7604u + 16u * (uint32_t)i);
+}
+// first + 256 * (byte i of `word`), for an address whose second byte is 0.
+__device__ __forceinline__ SharedAddress shared_row(SharedAddress first, uint32_t word, int i) {
+    return row_offset(first, word, i);
+}
 __device__ __forceinline__ uint32_t load_shared_word(SharedAddress a) {
     uint32_t r;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(r) : "r"(a));
@@ -124,6 +132,12 @@ __device__ __forceinline__ float2 load_shared_pair(SharedAddress a) {
 __device__ __forceinline__ void cp_async16(void* shared, const void* global, bool fetch) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
                  "l"(global), "r"(fetch ? 16 : 0)
+                 : "memory");
+}
+// The same of 4 bytes.
+__device__ __forceinline__ void cp_async4(void* shared, const void* global, bool fetch) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)),
+                 "l"(global), "r"(fetch ? 4 : 0)
                  : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() {

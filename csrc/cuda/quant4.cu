@@ -18,34 +18,39 @@ constexpr int64_t kMaxBlocks = 1056; // 8 blocks on each of 132 multiprocessors,
 template <int kDtype>
 constexpr int kChunk = kDtype == kF32 ? 4 : 8; // elements of one 16-byte store
 constexpr int kChunks = 4;                     // such stores of a thread in a tile
+constexpr int kTableRow = 64;                  // floats; lanes fill half of them
 template <int kDtype>
 constexpr int kTile = kThreads * kChunk<kDtype> * kChunks; // multiple of a block's size
+
+constexpr int kLeastBlock = 32; // weights that share a statistic, at least
 
 // Stored values of a thread's share of a tile.
 template <bool kNested>
 struct Loaded {
     uint32_t words[kChunks];
     uint32_t codes[kNested ? kChunks : 1]; // of nested statistics
-    float scales[kChunks];                 // or the absmax of those
+    float scales[kNested ? 1 : kChunks];   // or the absmax of those, one for the whole tile
 
+    // `blocks`: of the chunks, counted from the tile's first block.
     template <int kDtype>
     __device__ __forceinline__ void load(const uint8_t* packed, const Scales& s, int block_shift,
-                                         int64_t tile, int tid) {
+                                         int64_t tile, int tid, const uint32_t (&blocks)[kChunks]) {
+        static_assert(kTile<kDtype> / kLeastBlock <= kNestedBlock,
+                      "a tile's blocks are in one block of the statistics");
         int64_t start = tile * kTile<kDtype>;
         int64_t first_block = start >> block_shift;
         Scales near = scales_from(s, first_block, kNested);
+        const uint8_t* p = packed + (start >> 1) + tid * (kChunk<kDtype> / 2);
+        if (kNested)
+            scales[0] = *near.nested_absmax;
 #pragma unroll
         for (int c = 0; c < kChunks; ++c) {
-            int at = (c * kThreads + tid) * kChunk<kDtype>;
-            const uint8_t* p = packed + (start >> 1) + at / 2;
-            words[c] = kDtype == kF32 ? load_once<uint16_t>(p) : load_once<uint32_t>(p);
-            uint32_t block = (uint32_t)at >> block_shift;
-            if (kNested) {
-                codes[kNested ? c : 0] = ((const uint8_t*)near.absmax)[block];
-                scales[c] = near.nested_absmax[nested_group((uint32_t)first_block, block)];
-            } else {
-                scales[c] = ((const float*)near.absmax)[block];
-            }
+            const uint8_t* from = p + c * (kThreads * kChunk<kDtype> / 2);
+            words[c] = kDtype == kF32 ? load_once<uint16_t>(from) : load_once<uint32_t>(from);
+            if (kNested)
+                codes[kNested ? c : 0] = ((const uint8_t*)near.absmax)[blocks[c]];
+            else
+                scales[kNested ? 0 : c] = ((const float*)near.absmax)[blocks[c]];
         }
     }
 };
@@ -55,9 +60,10 @@ template <int kDtype>
 __device__ __forceinline__ void store_chunk(void* out, SharedAddress table, uint32_t lane4,
                                             uint32_t w, float s) {
     float v[kChunk<kDtype>];
+    uint32_t high = w >> 4 & 0x0f0f0f0fu, low = w & 0x0f0f0f0fu; // the high nibble comes first
 #pragma unroll
     for (int i = 0; i < kChunk<kDtype>; ++i)
-        v[i] = code_value(table, lane4, w, i) * s;
+        v[i] = load_shared_float(table + row_offset(lane4, i % 2 == 0 ? high : low, i / 2)) * s;
     uint32_t r[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -74,16 +80,20 @@ template <int kDtype, bool kNested>
 __global__ void __launch_bounds__(kThreads, 4)
     dequantize_4bit_kernel(const uint8_t* packed, Scales scales, int quant_type, int block_shift,
                            int64_t numel, bool aligned, void* out) {
-    PK_SHARED(float, values, 16 * 32);
+    PK_SHARED(float, values, 16 * kTableRow);
     PK_SHARED(float, map, 256);
     int tid = (int)threadIdx.x;
+    uint32_t blocks[kChunks];
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c)
+        blocks[c] = (uint32_t)(c * kThreads + tid) * kChunk<kDtype> >> block_shift;
     int64_t tiles = aligned ? numel / kTile<kDtype> : 0, tile = blockIdx.x;
     Loaded<kNested> now, next;
     if (tile < tiles)
-        now.template load<kDtype>(packed, scales, block_shift, tile, tid);
+        now.template load<kDtype>(packed, scales, block_shift, tile, tid, blocks);
     float offset = kNested ? *scales.nested_offset : 0.0f;
     for (int i = tid; i < 16 * 32; i += kThreads)
-        values[i] = codebook(quant_type)[i / 32];
+        values[i / 32 * kTableRow + i % 32] = codebook(quant_type)[i / 32];
     if (kNested)
         load_dynamic_map(map);
     __syncthreads();
@@ -92,12 +102,12 @@ __global__ void __launch_bounds__(kThreads, 4)
     uint32_t lane4 = 4u * (uint32_t)(tid % 32);
     for (; tile < tiles; tile += gridDim.x) {
         if (tile + gridDim.x < tiles)
-            next.template load<kDtype>(packed, scales, block_shift, tile + gridDim.x, tid);
+            next.template load<kDtype>(packed, scales, block_shift, tile + gridDim.x, tid, blocks);
         char* target =
             (char*)out + (tile * kTile<kDtype> + tid * kChunk<kDtype>)*dtype_size(kDtype);
 #pragma unroll
         for (int c = 0; c < kChunks; ++c) {
-            float s = now.scales[c];
+            float s = now.scales[kNested ? 0 : c];
             if (kNested)
                 s = nested_sum(map[now.codes[kNested ? c : 0]], s, offset);
             store_chunk<kDtype>(target + c * kThreads * 16, table, lane4, now.words[c], s);
@@ -111,9 +121,9 @@ __global__ void __launch_bounds__(kThreads, 4)
          i += 2 * (int64_t)kThreads * gridDim.x) {
         uint32_t byte = packed[i >> 1];
         float s = scale_of<kNested>(scales, map, offset, i >> block_shift);
-        store_from_float(out, kDtype, i, values[byte >> 4 << 5] * s);
+        store_from_float(out, kDtype, i, values[(byte >> 4) * kTableRow] * s);
         if (i + 1 < numel)
-            store_from_float(out, kDtype, i + 1, values[(byte & 15) << 5] * s);
+            store_from_float(out, kDtype, i + 1, values[(byte & 15) * kTableRow] * s);
     }
 }
 

@@ -238,6 +238,16 @@ inline uint32_t shared_offset(const void* p) {
     return (uint32_t)((const char*)p - simt::shared_base());
 }
 inline SharedAddress shared_address(const void* p) { return (uintptr_t)p; }
+inline uint32_t row_offset(uint32_t low, uint32_t word, int i) {
+    if (low > 255)
+        simt::fail("row_offset: %u, expected less than 256", low);
+    return low + ((word >> 8 * i & 255) << 8);
+}
+inline SharedAddress shared_row(SharedAddress first, uint32_t word, int i) {
+    if (shared_offset((const void*)first) >> 8 & 255)
+        simt::fail("shared_row: the second byte of the address is not 0");
+    return first + ((word >> 8 * i & 255) << 8);
+}
 inline uint32_t load_shared_word(SharedAddress a) { return load_once<uint32_t>((const void*)a); }
 inline float load_shared_float(SharedAddress a) { return load_once<float>((const void*)a); }
 inline float2 load_shared_pair(SharedAddress a) { return load_once<float2>((const void*)a); }
@@ -252,6 +262,9 @@ uint32_t pack2(float low, float high) {
 
 inline void cp_async16(void* shared, const void* global, bool fetch, PK_SITE) {
     simt::copy_async(shared, global, 16, fetch ? 16 : 0, {file, line});
+}
+inline void cp_async4(void* shared, const void* global, bool fetch, PK_SITE) {
+    simt::copy_async(shared, global, 4, fetch ? 4 : 0, {file, line});
 }
 inline void cp_async_commit() { simt::commit_async(); }
 template <int kGroupsLeft>

@@ -82,8 +82,8 @@ def few_refusal(p: Product, device: Device) -> str | None:
         return f"{p.m} rows, it takes 1 to {FEW_ROWS}"
     if p.cols % 64 or p.cols == 0 or p.blocksize < 64 or not p.aligned:
         return "it takes depths of whole 64s, blocks of 64 or more, addresses of whole 16 bytes"
-    if device.shared < 130 * 1024:
-        return "it needs 130 KB of shared memory"
+    if device.shared < 192 * 1024:
+        return "it needs 192 KB of shared memory"
     return None
 
 

@@ -24,7 +24,7 @@ class LowRank(NamedTuple):
         up: B [outputs, r] of float32 or x's dtype; for ``dy W``: A [r, outputs].
         scaling: its factor.
         u: [M, c] bf16, v: [outputs, c] (or [c, outputs]): the term as ``u vᵀ``, in parts that
-            add up to float32 factors; see csrc/cuda/rank_passes.cu. Made where the way needs them.
+            add up to float32 factors; see csrc/cuda/shrink.cu. Made where the way needs them.
     """
 
     low: Tensor

@@ -1,4 +1,4 @@
-"""The passes that contract with a thin matrix: csrc/cuda/rank_passes.cu and low_rank.cu."""
+"""The passes that contract with a thin matrix: csrc/cuda/shrink.cu, outer.cu and low_rank.cu."""
 
 from __future__ import annotations
 
@@ -100,6 +100,7 @@ def shrink(
         outputs,
         columns,
         u_scale,
+        cuda_native.device_facts(x.device).shared,
     )
     return s, u, v
 
@@ -131,6 +132,7 @@ def outer(
         out,
         DTYPES[out.dtype],
         int(transposed),
+        cuda_native.device_facts(x.device).shared,
     )
     return out
 
