@@ -88,7 +88,8 @@ def test_a_measured_way_replaces_the_heuristic(gpu: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(
         matmul, "lookup", lambda device, *args: tables.lookup(torch.device("cuda"), *args)
     )
-    assert [launch.kernel.__name__ for launch in _launches(32)] == ["_dequantize_4bit_kernel"]
+    # The library's way: dequantizing is an op of its own, the product is cuBLAS'.
+    assert "_linear_kernel" not in [launch.kernel.__name__ for launch in _launches(32)]
     assert _launches(16)[0].kernel.__name__ == "_linear_kernel"
 
 
