@@ -247,6 +247,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     session = getattr(config, "_benchmarksession", None)
     if session is None or not session.benchmarks or _SESSION not in config.stash:
         return
+    from . import targets
     from .report import table
 
     rows = [bench.as_dict(include_data=False) for bench in session.benchmarks]
@@ -259,3 +260,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     )
     for line in table(rows):
         terminalreporter.write_line(line)
+    verdicts = targets.table(rows)
+    if verdicts:
+        terminalreporter.section("targets, by their worst cell")
+        for line in verdicts:
+            terminalreporter.write_line(line)

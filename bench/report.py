@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import targets
+
 _HEAD = (
     "cell",
     "contender",
@@ -111,7 +113,10 @@ def markdown(results: dict[str, Any]) -> str:
             'turns in rounds; "of floor" compares the op\'s least time with the median; '
             '"peftkern is" compares medians.',
         ]
-    return "\n".join([*facts, "", *table(results["benchmarks"]), ""])
+    verdicts = targets.table(results["benchmarks"])
+    if verdicts:
+        facts += ["", "## Targets", "", "The worst cell of each, cold.", "", *verdicts]
+    return "\n".join([*facts, "", "## Cells", "", *table(results["benchmarks"]), ""])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

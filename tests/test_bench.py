@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from bench import (
     llama_step,
     measure,
     report,
+    targets,
 )
 from peftkern import registry
 
@@ -62,6 +64,21 @@ def test_report_shows_memory_where_it_was_measured() -> None:
     assert "peak MB" in head
     assert "1.5" in ours
     assert "2.00x" in theirs
+
+
+def test_targets_are_judged_by_their_worst_cell() -> None:
+    cells = {cell.name for file in FILES for cell in file.cells("full", "bf16")}
+    for target in targets.TARGETS:
+        assert any(re.match(target.cells, name) for name in cells), target
+    rows = [
+        _row("peftkern", cell=f"nf4_fwd-m1-{shape}-bf16", share_of_floor=share)
+        for shape, share in (("2048x2048", 0.95), ("4096x4096", 0.5))
+    ]
+    judged = targets.judged(rows)
+    assert judged == [("nf4_fwd-m1-4096x4096-bf16", "floor", 0.9, 0.5)]
+    assert "**miss**" in targets.table(rows)[2]
+    assert "pass" in targets.table(rows[:1])[2]
+    assert targets.table([_row("peftkern")]) == []
 
 
 def test_the_installed_package_carries_the_benchmarks() -> None:
