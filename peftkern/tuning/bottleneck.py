@@ -115,7 +115,7 @@ def bottleneck_way(
 def expand_config(m: int, n: int, rank: int, fp32: bool) -> RankConfig:
     """Tiles of the pass from a bottleneck to output features: large where they are many."""
     if -(-m // 64) * -(-n // 128) >= 2 * _SMS and not fp32:  # two programs a multiprocessor
-        return RankConfig(64, 128, min(_power(rank), 64), 1, 8, 2)
+        return RankConfig(64, 128, min(_power(rank), 64), 1, 8, 3)
     block_m = 16 if m <= 16 else 32
     return RankConfig(block_m, 64 if fp32 else 128, 16 if rank <= 16 else 32, 1, 4, 2)
 

@@ -156,7 +156,7 @@ def down_gradient_config(m: int, features: int, rank: int) -> RankConfig:
     block_c = 64 if block_r == 64 else 128
     columns = -(-features // block_c)
     split = max(1, min(-(-_WANTED_PROGRAMS // max(columns, 1)), -(-m // 256)))
-    return RankConfig(32, block_c, block_r, split, 4, 2)
+    return RankConfig(32, block_c, block_r, split, 4, 3)
 
 
 def attention_config(depth: int, fp32: bool, backward: bool) -> RankConfig:
@@ -198,18 +198,22 @@ def dora_gradient_config(m: int, features: int, rank: int, fp32: bool) -> RankCo
     return config
 
 
-def share_config(depth: int, heads: int, queries: int, backward: bool) -> RankConfig:
+def share_config(
+    depth: int, heads: int, queries: int, backward: bool, gradients: bool = True
+) -> RankConfig:
     """Tiles of the prefix's share of attention: queries a step, prefix rows a step, padded head.
 
     Args:
         depth: of a head.
         heads: batch times heads: programs of the backward, each cut into ``split`` of queries.
         queries: of each head.
-        backward: prefix gradients stay in registers beside the tiles.
+        backward: of the pass over dout.
+        gradients: those of the prefix stay in registers beside the tiles.
     """
     block_d = max(16, 1 << (depth - 1).bit_length())
     if not backward:
         return RankConfig(64, 32, block_d, 1, 8 if block_d > 128 else 4, 1)
     split = max(1, min(-(-_WANTED_PROGRAMS // max(heads, 1)), -(-queries // 256)))
     tiles = (32, 64) if block_d <= 128 else (16, 32)
-    return RankConfig(*tiles, block_d, split, 4 if block_d <= 64 else 8, 1)
+    few = block_d <= (64 if gradients else 128)
+    return RankConfig(*tiles, block_d, split, 4 if few else 8, 1)

@@ -111,7 +111,7 @@ def backward(
         dq, dk, dv = _laid_out(dq), _laid_out(dk), _laid_out(dv)
     masters = prefix_k, prefix_v
     prefix_k, prefix_v = (p.to(q.dtype) for p in masters)
-    config = share_config(depth, batch * heads, queries, True)
+    config = share_config(depth, batch * heads, queries, True, need_dprefix)
     shape = (config.split, heads // kv_heads, batch, kv_heads, length, depth)
     parts = [lse.new_empty(shape if need_dprefix else (0,)) for _ in range(2)]
     if length and (need_dqkv or need_dprefix):
