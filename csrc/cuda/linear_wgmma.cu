@@ -541,10 +541,15 @@ struct Cut {
     int parts;
 };
 
-// The cheapest cut by a model in clocks: a step of a tile takes what its products need (5 clocks a
-// row, as measured) or its decoding does, a tile another 2500 to fill the ring and to write, and
-// parts a second launch and 4 bytes written and read for each output at 20 bytes a clock and
-// multiprocessor.
+// The cheapest cut by a model in clocks: what a step of a tile takes on an H100, decoding included,
+// a tile another 2500 to fill the ring and to write, and parts a second launch and 4 bytes written
+// and read for each output at 20 bytes a clock and multiprocessor.
+double step_clocks(int rows, int format) {
+    return format == kDense     ? 5.2 * rows
+           : format == kFourBit ? 1250.0 + 4.5 * rows
+                                : 1450.0 + 5.4 * rows;
+}
+
 Cut cut_of(int64_t m, int64_t outputs, int64_t depth, int format) {
     Cut best = {64, 1};
     double least = 1e300;
@@ -553,8 +558,7 @@ Cut cut_of(int64_t m, int64_t outputs, int64_t depth, int format) {
         if (rows > 64 && m <= rows / 2)
             break;
         int64_t tiles = ceil_div(m, rows) * columns;
-        double clocks = 5.0 * rows, decode = format == kDense ? 400.0 : 600.0;
-        clocks = clocks < decode ? decode : clocks;
+        double clocks = step_clocks(rows, format);
         for (int parts = 1; parts <= 16 && steps / parts >= 4; parts *= 2) {
             double waves = (double)ceil_div(tiles * parts, kMultiprocessors);
             double cost = waves * ((double)ceil_div(steps, parts) * clocks + 2500.0);

@@ -26,11 +26,14 @@ HALVES = (torch.bfloat16, torch.float16)
 FEW_ROWS = 16
 MMA_ROWS = 64
 
-# Rows up to which each way is the fastest, as bench.gpu measured them on an H200 (bench/results):
-# 4-bit products at 4096x4096 and 14336x4096.
+# Rows up to which each way is the fastest: measured on an H100 at 4096x4096 (us of few, mma, wgmma,
+# library; 14336x4096 and 4096x14336 order them alike).
+#   NF4   M=8 10.0, 11.0, -, 25.7     M=16 12.4, 12.1, -, 26.0    M=32 -, 14.9, 21.9, 24.7
+#         M=64 -, 25.8, 23.1, 38.7    M=256 -, -, 37.7, 44.6      M=512 -, -, 57.6, 49.1
+#   INT8  M=128 -, -, 31.0, 41.6      M=256 -, -, 40.2, 46.5      M=512 -, -, 64.0, 51.6
 FEW_BEST = 8
 MMA_BEST = 32
-WGMMA_BEST = {"nf4": 1024, "fp4": 1024, "int8": 128}
+WGMMA_BEST = {"nf4": 256, "fp4": 256, "int8": 256}
 # fp32, or shapes that the tensor-core kernels cannot take: every four rows of x cost another 9
 # (4 bits) or 8 (INT8) instructions a weight, dequantizing 6 and a pass over 2 to 4 bytes: even at
 # about 16 and 8 rows. A model; these shapes have not been measured.
