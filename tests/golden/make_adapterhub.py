@@ -106,7 +106,9 @@ def tiny(architecture: str) -> nn.Module:
     }
     torch.manual_seed(ARCHITECTURES.index(architecture))
     model = model_class(architecture)(configs[architecture]())
-    randomize(model, 0.25)
+    # T5 does not scale its attention: larger weights than these make 3e-5 of the rounding of fp32,
+    # which is another one on every processor.
+    randomize(model, 0.1 if architecture == "t5" else 0.25)
     return model.eval()
 
 
