@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from bench.gpu import cuda_code
 from bench.gpu.aot import Binary, compile_launch
 from bench.gpu.aot_cases import launches
 from peftkern.triton_kernels.launch import Launch
@@ -79,18 +80,79 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
+def _print_row(cells: Sequence[str]) -> None:
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def print_triton(archs: tuple[int, ...], name: str) -> None:
+    """One row for each Triton kernel and tile."""
+    import triton
+
+    print(f"## Triton {triton.__version__}\n")
+    _print_row(_COLUMNS)
+    print("|" + "---|" * len(_COLUMNS), flush=True)
+    for row in rows(archs, name):
+        _print_row(_cells(row))
+
+
+def print_cuda(archs: tuple[int, ...], name: str) -> None:
+    """The hot loops against their budgets, then registers and spills of every kernel."""
+    architectures = [a for a in cuda_code.ARCHITECTURES if int(a.strip("sm_a")) in archs]
+    print(f"\n## CUDA C++, {cuda_code.nvcc_version()}\n")
+    print(
+        "Instructions of the hot loops, for each weight (mma, few: tensor cores, up to 64 and 16 "
+        "rows; gemv: one row; wgmma: many) or element (optimizers).\n"
+    )
+    _print_row(("loop", "sm", "instructions", "budget"))
+    print("|---|---|---|---|", flush=True)
+    for budget in (*cuda_code.BUDGETS, *cuda_code.UPDATES):
+        for architecture in architectures:
+            if name not in budget.name or architecture not in budget.architectures:
+                continue
+            found = budget.measure(architecture)
+            verdict = "met" if found <= budget.limit else "over"
+            _print_row(
+                (budget.name, architecture[3:], f"{found:.1f}", f"{budget.limit:g} {verdict}")
+            )
+    print()
+    columns = ("source", "kernels", "sm", "registers", "budget", "spilled bytes", "stack")
+    _print_row(columns)
+    print("|" + "---|" * len(columns), flush=True)
+    for source in cuda_code.SOURCES:
+        for architecture in architectures:
+            usage = {
+                k: u for k, u in cuda_code.compiled(source, architecture)[0].items() if name in k
+            }
+            if not usage:
+                continue
+            # Of those that come closest to their budgets.
+            most = max(usage, key=lambda k: usage[k].registers / cuda_code.register_budget(k))
+            _print_row(
+                (
+                    source,
+                    str(len(usage)),
+                    architecture[3:],
+                    str(usage[most].registers),
+                    str(cuda_code.register_budget(most)),
+                    str(sum(u.spilled for u in usage.values())),
+                    str(max(u.stack for u in usage.values())),
+                )
+            )
+
+
 def main() -> None:
-    """Print the table as Markdown."""
+    """Print the tables as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", type=int, nargs="*", default=[80, 90])
     parser.add_argument("--kernel", default="", help="only kernels with this in their name")
     given = parser.parse_args()
-    import triton
-
-    print(f"Triton {triton.__version__}, no GPU used.\n", flush=True)
-    print("| " + " | ".join(_COLUMNS) + " |\n|" + "---|" * len(_COLUMNS), flush=True)
-    for row in rows(tuple(given.arch), given.kernel):
-        print("| " + " | ".join(_cells(row)) + " |", flush=True)
+    archs = tuple(given.arch)
+    print("# What the compilers made of the kernels\n\nNo GPU used.\n", flush=True)
+    print_triton(archs, given.kernel)
+    if cuda_code.nvcc() is None or cuda_code.disassembler() is None:
+        print("\nThe CUDA C++ kernels need nvcc and Triton's disassembler; one is missing here.")
+    else:
+        print_cuda(archs, given.kernel)
 
 
 if __name__ == "__main__":

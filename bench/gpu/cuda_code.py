@@ -26,6 +26,13 @@ def nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
+def nvcc_version() -> str:
+    """What the compiler calls itself: "nvcc 13.0"."""
+    text = subprocess.run([str(nvcc()), "--version"], capture_output=True, text=True, check=True)
+    found = re.search(r"release ([\d.]+)", text.stdout)
+    return f"nvcc {found[1] if found else 'of unknown version'}"
+
+
 def disassembler() -> Path | None:
     """The disassembler that Triton's package brings."""
     try:
@@ -268,6 +275,7 @@ class UpdateBudget:
     coded: bool
     size: int  # bytes of a parameter
     limit: float  # instructions an element
+    architectures: tuple[str, ...] = ARCHITECTURES
 
     def measure(self, architecture: str) -> float:
         """Instructions an element, of which a lane has eight in a turn."""
