@@ -169,7 +169,8 @@ def test_few_rows(simt: SimtLibrary, case: tuple[Any, ...], dtype: torch.dtype) 
     assert_same_bits(few, whole[-least:], "rows alone")
 
 
-# (M, depth, rank, dtype of x, of the adapter, dropout, transposed)
+# (M, depth, rank, dtype of x, of the adapter, dropout, transposed): parts of rows and slices of the
+# depth, one and several, and blocks with fewer rows than warps.
 THIN = (
     (20, 136, 5, BF16, FP32, 0.0, False),
     (40, 1024, 16, BF16, BF16, 0.3, False),
@@ -177,6 +178,7 @@ THIN = (
     (17, 200, 70, BF16, FP32, 0.5, False),
     (17, 136, 40, BF16, FP32, 0.0, True),
     (2100, 64, 1, BF16, FP32, 0.0, True),
+    (300, 1088, 33, BF16, FP32, 0.0, False),
 )
 
 
@@ -227,6 +229,12 @@ def test_outer(simt: SimtLibrary, case: tuple[Any, ...]) -> None:
         return (g.T if transposed else g).contiguous()
 
     assert_error_rule(got, eager(torch.float64), eager(FP32).to(kind), 2.0, str(case))
+
+
+def test_a_row_has_the_same_sum_in_any_batch(simt: SimtLibrary) -> None:
+    x, a = torch.randn(70, 1032).bfloat16(), torch.randn(16, 1032)
+    whole = thin.shrink(x, a)[0]
+    assert_same_bits(thin.shrink(x[37:38].clone(), a)[0], whole[37:38], "a row alone")
 
 
 def test_infinite_activations_stay_infinite(simt: SimtLibrary) -> None:

@@ -207,8 +207,9 @@ REGISTERS = {
     "linear_wgmma_kernel": 168,
     "add_wgmma_parts_kernel": 64,
     "shrink_kernel": 255,  # one block of 256 threads; its rings fill the shared memory
-    "outer_kernelI" + r"(L[ib]\dE){3}L[ib]1E": 128,  # one block of 512 threads
-    "outer_kernel": 255,  # one block of 256 threads
+    "add_slices_kernel": 64,
+    "outer_kernel": 255,  # likewise
+    "add_outer_parts_kernel": 64,
     "scatter_add_kernel": 64,
     "transpose_kernel": 64,
     "sparse_term_kernel": 64,

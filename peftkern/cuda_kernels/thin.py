@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,11 @@ def refusal(x: Tensor, features: int, *adapters: Tensor) -> str | None:
     return None
 
 
+@functools.lru_cache(maxsize=4096)
+def _workspace_floats(name: str, *sizes: int) -> int:
+    return cuda_native.library().ask(f"{name}_workspace", *sizes) // 4
+
+
 def shrink(
     x: Tensor,
     a: Tensor,
@@ -77,15 +83,18 @@ def shrink(
         columns = -(-(2 if up.dtype == torch.bfloat16 else 3) * rank // 8) * 8
         u = x.new_empty(m, columns, dtype=torch.bfloat16)
         v = u.new_empty((columns, outputs) if across else (outputs, columns))
+    kind, a_kind = DTYPES[x.dtype], DTYPES[a.dtype]
+    shared = cuda_native.device_facts(x.device).shared
+    floats = _workspace_floats("shrink", m, depth, rank, kind, a_kind, shared)
     cuda_native.launch(
         "shrink",
         x.device,
         x,
-        DTYPES[x.dtype],
+        kind,
         m,
         depth,
         a,
-        DTYPES[a.dtype],
+        a_kind,
         rank,
         int(transposed),
         scale,
@@ -100,7 +109,8 @@ def shrink(
         outputs,
         columns,
         u_scale,
-        cuda_native.device_facts(x.device).shared,
+        shared,
+        x.new_empty(floats, dtype=torch.float32),
     )
     return s, u, v
 
@@ -117,6 +127,7 @@ def outer(
     """scale sᵀ dropout(x), [r, C] (transposed [C, r]) of the shape and dtype of ``like``."""
     m, c = x.shape
     out = torch.empty_like(like)
+    floats = _workspace_floats("outer", m, c, s.shape[1])
     cuda_native.launch(
         "outer",
         x.device,
@@ -133,6 +144,7 @@ def outer(
         DTYPES[out.dtype],
         int(transposed),
         cuda_native.device_facts(x.device).shared,
+        x.new_empty(floats, dtype=torch.float32) if floats else None,
     )
     return out
 
