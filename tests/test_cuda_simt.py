@@ -25,6 +25,7 @@ import torch
 
 import peftkern as pk
 from peftkern import cuda_native, registry
+from peftkern.cuda_kernels import thin
 from peftkern.cuda_kernels.choices import Device
 from peftkern.cuda_kernels.products import LowRank, product
 from peftkern.ops.bases import Base
@@ -364,6 +365,8 @@ def test_every_kernel_was_executed(simt: SimtLibrary) -> None:
     _fused("mma", x, base, n)
     x, base, n = _fused_arguments((20, 128, 1024, 64, "nf4", True), torch.bfloat16)
     _fused("wgmma", x, base, n)  # in parts
+    rows = torch.ones(129, 8).bfloat16()
+    thin.outer(rows, torch.ones(129, 1), torch.empty(1, 8))  # likewise
     _bound_step()
     executed = set(simt.library.simt_kernels().decode().split())
     in_source = set(re.findall(r'launch\("(\w+)"', "".join(path.read_text() for path in KERNELS)))

@@ -33,7 +33,8 @@ OuterCut outer_cut(int64_t m, int64_t c, int rank) {
     cut.tiles = rank <= 16 ? 1 : rank <= 32 ? 2 : 4;
     cut.columns = cut.tiles == 1 ? kColumns<1> : cut.tiles == 2 ? kColumns<2> : kColumns<4>;
     cut.rank_blocks = (int)ceil_div(rank, 16 * cut.tiles);
-    int64_t blocks = ceil_div(c, cut.columns) * cut.rank_blocks, turns = ceil_div(m, kTurn);
+    int64_t blocks = ceil_div(c > 0 ? c : 1, cut.columns) * cut.rank_blocks;
+    int64_t turns = ceil_div(m, kTurn);
     int64_t most = blocks < kMultiprocessors ? kMultiprocessors / blocks : 1; // parts
     cut.turns = (int)ceil_div(turns, most);
     cut.parts = cut.turns > 0 ? (int)ceil_div(turns, cut.turns) : 1;

@@ -44,10 +44,10 @@ ShrinkCut shrink_cut(int64_t m, int64_t depth, int rank, int parts, int shared_l
         if (c.stages >= 3 || c.tiles == 2)
             break;
     }
-    c.slices = (int)ceil_div(depth, c.slice);
+    c.slices = (int)ceil_div(depth > 0 ? depth : 1, c.slice);
     c.rank_blocks = (int)ceil_div(rank, 8 * c.tiles);
     c.stride = ceil_div(rank, 8) * 8;
-    int64_t groups = ceil_div(m, kGroup), others = (int64_t)c.slices * c.rank_blocks;
+    int64_t groups = ceil_div(m > 0 ? m : 1, kGroup), others = (int64_t)c.slices * c.rank_blocks;
     int64_t most = others < kMultiprocessors ? kMultiprocessors / others : 1; // row blocks
     c.groups = (int)ceil_div(groups, most);
     c.row_blocks = (int)ceil_div(groups, c.groups);
