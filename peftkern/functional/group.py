@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from peftkern.functional.arguments import (
+    FrozenBase,
     activations,
     adapter_for,
     bias_for,
@@ -40,7 +41,7 @@ class LoRAProjection:
         seed: int64 [1] that fixes the mask; default: drawn from torch's CPU generator.
     """
 
-    base: Tensor | QuantizedTensor
+    base: Tensor | QuantizedTensor | FrozenBase
     lora_A: Tensor | None = None
     lora_B: Tensor | None = None
     scaling: float = 1.0

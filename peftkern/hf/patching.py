@@ -24,10 +24,12 @@ from peftkern.hf.report import (
 )
 from peftkern.hf.rows import accept_rows
 from peftkern.hf.rules import rule_for
+from peftkern.hf.shared import share_inputs
 from peftkern.hf.undo import Added, UndoLog
 from peftkern.hf.verify import Loss, VerifyReport, verify
 from peftkern.nn import Linear4bit, Linear8bit
 from peftkern.nn.adapter import AdapterLayer, adapter_layers, check_adapter_name
+from peftkern.nn.lora import LoRALinear
 from peftkern.nn.quantized import QuantizedLinear
 from peftkern.nn.saved import TrainableCopy
 
@@ -100,6 +102,11 @@ class PatchHandle:
             module = next((c for c in added if adapter_name in c.adapter_names), module)
         base = getattr(module, "base_layer", module) if isinstance(module, AdapterLayer) else module
         form = base.quantized.quant_type if isinstance(base, QuantizedLinear) else "dense"
+        reasons = [note.reason] if note.reason else []
+        if isinstance(module, LoRALinear) and module.shared is not None:
+            partners = module.shared.partners(module)
+            if partners:
+                reasons.append(f"computes together with {', '.join(partners)}")
         return Row(
             name=note.name,
             was=note.was,
@@ -107,7 +114,7 @@ class PatchHandle:
             format=form,
             r=note.r,
             kernel=serving_kernel(module, adapter_name) if note.acted else "",
-            reason=note.reason,
+            reason="; ".join(reasons),
             asked=note.asked,
             done=not note.refused,
         )
@@ -251,6 +258,7 @@ def apply_config(
     log = UndoLog()
     try:
         _apply(model, config, adapter_name, plan, log, progress)
+        share_inputs(model, log)
         if fresh:
             accept_rows(model, log)
             for hook in watch_input_embeddings(model):

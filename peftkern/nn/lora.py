@@ -22,6 +22,7 @@ from peftkern.nn.magnitude import Magnitude
 from peftkern.nn.merging import Merged, merge_into, unmerge_from
 from peftkern.nn.quantized import QuantizedLinear
 from peftkern.nn.rows import RowChoice, by_rows
+from peftkern.nn.shared import SharedInput
 from peftkern.nn.structure import (
     default_device,
     dense_weight,
@@ -75,6 +76,7 @@ class LoRALinear(AdapterLayer):
     _adapter_containers = ("lora_A", "lora_B", "lora_magnitude_vector")
     on_linear = True
     serves_rows = True
+    shared: SharedInput | None = None  # with the layers that compute together with this one
 
     def __init__(
         self,
@@ -357,7 +359,35 @@ class LoRALinear(AdapterLayer):
         choice = self.row_choice()
         if choice is not None:
             return self._mixed(x, choice)
+        if self.shared is not None:
+            y = self.shared.output(self, x)
+            if y is not None:
+                return y
         return self._sum(x, self._active_adapter)
+
+    def projection(self, alone: bool) -> functional.LoRAProjection | None:
+        """The layer as one of a group; ``None`` where a group does not compute what it does.
+
+        Args:
+            alone: it is computed before it is called, so that hooks on its call must not matter.
+        """
+        if self._disable_adapters or self.merged_adapters or self.row_choice() is not None:
+            return None
+        names = [name for name in self._active_adapter if name in self.lora_A]
+        if len(names) != 1 or self.use_dora[names[0]] or self.why_not_fused(names[0]) is not None:
+            return None
+        if alone and (self._forward_pre_hooks or "forward" in self.__dict__):
+            return None
+        name = names[0]
+        down, up = self.factors(name)
+        if down.numel() != self.r[name] * self.in_features:  # sharded, and not gathered now
+            return None
+        bias = self.bias
+        if self.lora_bias[name]:
+            extra = self._bias_term(name)
+            bias = extra if bias is None else bias + extra
+        p = self.lora_dropout[name] if self.training else 0.0
+        return functional.LoRAProjection(self._taken_apart, down, up, self.scaling[name], bias, p)
 
     def _sum(self, x: Tensor, names: Sequence[str | None]) -> Tensor:
         y: Tensor | None = None
