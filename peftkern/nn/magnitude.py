@@ -21,24 +21,18 @@ class _Norm:
     value: Tensor
 
 
-class Magnitude(nn.Module):
-    """``weight`` [out]: the length that each row of ``W + scaling B A`` is given.
+class RowNorms:
+    """Row norms of ``W + scaling B A`` of one adapter, computed again where something changed."""
 
-    Args:
-        weight: first magnitudes.
-    """
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight)
+    def __init__(self) -> None:
         self._base: tuple[tuple[object, ...], Tensor] | None = None
         self._norm: _Norm | None = None
 
     @torch.no_grad()
-    def norm(
+    def __call__(
         self, base: Tensor | QuantizedTensor, lora_A: Tensor, lora_B: Tensor, scaling: float
     ) -> Tensor:
-        """Row norms of ``W + scaling B A``, [out]; computed again only where something changed.
+        """The norms, [out].
 
         The frozen base's share is kept until its tensors change. On the CPU the result is kept as
         well, with copies of A and B to compare with: many optimizers write through ``.data`` or a
@@ -50,9 +44,9 @@ class Magnitude(nn.Module):
         # What is kept must serve a later training step even if this call is an evaluation's:
         # autograd refuses tensors that were made in inference mode.
         with torch.inference_mode(False), torch.no_grad():
-            return self._kept_norm(base, lora_A, lora_B, scaling)
+            return self._kept(base, lora_A, lora_B, scaling)
 
-    def _kept_norm(
+    def _kept(
         self, base: Tensor | QuantizedTensor, lora_A: Tensor, lora_B: Tensor, scaling: float
     ) -> Tensor:
         weight = base.weight if isinstance(base, QuantizedTensor) else base
@@ -72,6 +66,19 @@ class Magnitude(nn.Module):
         if weight.device.type == "cpu":
             self._norm = _Norm(lora_A.detach().clone(), lora_B.detach().clone(), scaling, value)
         return value
+
+
+class Magnitude(nn.Module):
+    """``weight`` [out]: the length that each row of ``W + scaling B A`` is given.
+
+    Args:
+        weight: first magnitudes.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.norm = RowNorms()
 
     def extra_repr(self) -> str:
         return f"out_features={self.weight.shape[0]}"

@@ -10,13 +10,13 @@ from typing import Any
 from torch import nn
 
 from peftkern.hf.accelerate.bases import forget, format_of
-from peftkern.hf.accelerate.fused import Accelerated
+from peftkern.hf.accelerate.fused import NORMS, Accelerated
 from peftkern.hf.accelerate.report import AccelerateReport, LayerRow, row_of
 from peftkern.hf.verify import Loss, VerifyReport, verify
 
 logger = logging.getLogger("peftkern")
 _ATTRIBUTE = "_peftkern_accelerate"
-_PRIVATE = ("_peftkern_counts",)
+_PRIVATE = ("_peftkern_counts", NORMS)
 
 
 class AccelerateHandle:

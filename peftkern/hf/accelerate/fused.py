@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -11,10 +12,13 @@ from torch import Tensor, nn
 from peftkern import functional
 from peftkern.functional.arguments import autocasts
 from peftkern.hf.accelerate.bases import Base, base_of, why_not_base
+from peftkern.nn.magnitude import RowNorms
+from peftkern.nn.rows import BASE
 from peftkern.nn.structure import hooks_of
 from peftkern.quant import QuantizedTensor
 
 _COUNTS = "_peftkern_counts"
+NORMS = "_peftkern_norms"  # adapter -> RowNorms, with DoRA
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -58,19 +62,33 @@ class Accelerated(nn.Module):
             else:
                 counts.fallbacks[reason] = counts.fallbacks.get(reason, 0) + 1
         if reason is None:
-            return self.fast(x)
+            return self.fast(x, **kwargs)
         return super().forward(x, *args, **kwargs)
 
     def why_not(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Why this call goes to the original forward; ``None`` when our kernels serve it."""
-        given = [name for name, value in kwargs.items() if value is not None]
-        if args or given:
-            return f"called with {', '.join(given) or 'further arguments'}"
+        if args or kwargs:
+            reason = self.why_not_arguments(x, args, kwargs)
+            if reason is not None:
+                return reason
         if not torch.compiler.is_compiling():
             if torch._C._are_functorch_transforms_active():
                 return "called below a torch.func transform"
             if torch._C._get_tracing_state() is not None:
                 return "called while torch traces or exports the model"
+        return self.why_not_call(x, **kwargs)
+
+    def why_not_arguments(
+        self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> str | None:
+        """Why further arguments keep the call off the fast path; ``None`` when they do not."""
+        given = [name for name, value in kwargs.items() if value is not None]
+        if args or given:
+            return f"called with {', '.join(given) or 'further arguments'}"
+        return None
+
+    def why_not_call(self, x: Tensor, **kwargs: Any) -> str | None:
+        """The layer's present state and the input together."""
         reason = self.why_not_now()
         return reason if reason is not None else self.why_not_input(x)
 
@@ -82,7 +100,7 @@ class Accelerated(nn.Module):
         """Why this input keeps the call off the fast path; ``None`` when it does not."""
         raise AssertionError("subclasses know their inputs")
 
-    def fast(self, x: Tensor) -> Tensor:
+    def fast(self, x: Tensor, **kwargs: Any) -> Tensor:
         """The forward pass by our kernels."""
         raise AssertionError("subclasses know their maths")
 
@@ -97,7 +115,7 @@ class FusedQuantized(Accelerated):
     def why_not_input(self, x: Tensor) -> str | None:
         return _why_not_activation(x, base_of(self))
 
-    def fast(self, x: Tensor) -> Tensor:
+    def fast(self, x: Tensor, **kwargs: Any) -> Tensor:
         base = base_of(self)
         assert isinstance(base.frozen, QuantizedTensor)
         run = functional.linear_8bit if base.frozen.quant_type == "int8" else functional.linear_4bit
@@ -116,6 +134,7 @@ class FusedLora(Accelerated):
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
     lora_dropout: nn.ModuleDict
+    lora_magnitude_vector: nn.ModuleDict
     lora_variant: dict[str, Any]
     scaling: dict[str, Any]
     base_layer: nn.Module
@@ -127,27 +146,73 @@ class FusedLora(Accelerated):
         """The active adapters that this layer has."""
         return [name for name in self.active_adapters if name in self.lora_A]
 
+    def why_not_arguments(
+        self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> str | None:
+        rows = kwargs.get("adapter_names")
+        if rows is None:
+            return super().why_not_arguments(x, args, kwargs)
+        others = {name: value for name, value in kwargs.items() if name != "adapter_names"}
+        reason = super().why_not_arguments(x, args, others)
+        if reason is not None:
+            return reason
+        if not isinstance(x, Tensor) or x.dim() < 2 or len(rows) != x.shape[0]:
+            return "adapter_names does not fit the input"
+        for name in self.named_here(rows):
+            if name in self.lora_variant or self.lora_B[name].bias is not None:
+                return f"adapter_names with {self._kind(name)}"
+        return None
+
+    def why_not_call(self, x: Tensor, **kwargs: Any) -> str | None:
+        rows = kwargs.get("adapter_names")
+        names = self.active_here() if rows is None else self.named_here(rows)
+        reason = self.why_not_with(names, together=rows is None)
+        return reason if reason is not None else self.why_not_input(x, names)
+
+    def named_here(self, rows: Sequence[str]) -> list[str]:
+        """The adapters among ``adapter_names`` that this layer has."""
+        return [name for name in dict.fromkeys(rows) if name != BASE and name in self.lora_A]
+
     def why_not_now(self) -> str | None:
+        return self.why_not_with(self.active_here())
+
+    def why_not_with(self, names: list[str], together: bool = True) -> str | None:
+        """Why these adapters, all on each row or one a row, keep the layer off the fast path."""
         if self.disable_adapters:
             return "adapters are disabled"
         if self.merged:
             return "adapters are merged into the base"
-        names = self.active_here()
         if not names:
             return "no active adapter here"
         for name in names:
             reason = self._why_not_adapter(name)
             if reason is not None:
                 return reason
-        if len(names) > 1 and self.training:
-            if any(_dropout_p(self.lora_dropout[name]) for name in names):
+        if together and len(names) > 1:
+            if any(name in self.lora_variant for name in names):
+                return "several active adapters, one of them with DoRA"
+            if self.training and any(_dropout_p(self.lora_dropout[name]) for name in names):
                 return "several active adapters with dropout"
         return why_not_base(self.base_layer)
 
+    def _kind(self, name: str) -> str:
+        variant = self.lora_variant.get(name)
+        return "lora_bias" if variant is None else type(variant).__name__
+
     def _why_not_adapter(self, name: str) -> str | None:
+        parts = [("lora_A", self.lora_A[name]), ("lora_B", self.lora_B[name])]
         if name in self.lora_variant:
-            return f"adapter variant {type(self.lora_variant[name]).__name__}"
-        for label, module in (("lora_A", self.lora_A[name]), ("lora_B", self.lora_B[name])):
+            if self._kind(name) != "DoraLinearVariant" or self.lora_B[name].bias is not None:
+                return f"adapter variant {self._kind(name)}"
+            magnitude = self.lora_magnitude_vector[name]
+            if type(magnitude).__name__ != "DoraLinearLayer":
+                return f"its magnitude is {type(magnitude).__name__}"
+            hooks = hooks_of(magnitude)
+            if hooks is not None:
+                return f"its lora_magnitude_vector carries {hooks}, which must run"
+            if magnitude.weight.device != self.lora_A[name].weight.device:
+                return "its magnitude is on another device than its other parameters"
+        for label, module in parts:
             if type(module) is not nn.Linear:
                 return f"its {label} is {type(module).__name__}, not a plain nn.Linear"
             hooks = hooks_of(module)
@@ -160,7 +225,7 @@ class FusedLora(Accelerated):
             return f"its dropout is {type(dropout).__name__} or carries hooks"
         return None
 
-    def why_not_input(self, x: Tensor) -> str | None:
+    def why_not_input(self, x: Tensor, names: list[str] | None = None) -> str | None:
         base = base_of(self.base_layer)
         reason = _why_not_activation(x, base)
         if reason is not None:
@@ -174,32 +239,63 @@ class FusedLora(Accelerated):
             if bias is not None and not base.restores and bias.dtype not in (dtype, torch.float32):
                 return f"its base bias is {bias.dtype} under {dtype} activations"
         wide = torch.promote_types(dtype, torch.float32)
-        for name in self.active_here():
+        dtypes = set()
+        for name in self.active_here() if names is None else names:
             for factor in (self.lora_A[name].weight, self.lora_B[name].weight):
                 assert isinstance(factor, Tensor)
                 if factor.device != x.device:
                     return "its adapter is on another device than its input"
                 if not autocast and factor.dtype not in (dtype, wide):
                     return f"its adapter is {factor.dtype} under {dtype} activations"
+                dtypes.add(factor.dtype)
+        if len(dtypes) > 1:
+            return "its adapters differ in dtype"
         return None
 
-    def fast(self, x: Tensor) -> Tensor:
-        names = self.active_here()
+    def fast(self, x: Tensor, **kwargs: Any) -> Tensor:
+        rows = kwargs.get("adapter_names")
         base = base_of(self.base_layer)
         inner = x if base.compute is None else x.to(base.compute)
+        y = self._mixed(inner, base, rows) if rows is not None else self._together(inner, base)
+        return y.to(x.dtype) if base.restores else y
+
+    def _together(self, x: Tensor, base: Base) -> Tensor:
+        names = self.active_here()
         down, up, scaling = self.factors(names)
-        bias = self._bias(names, inner)
-        y = functional.lora_linear(
-            inner,
+        bias = self._bias(names, x)
+        p = _dropout_p(self.lora_dropout[names[0]]) if len(names) == 1 else 0.0
+        if names[0] not in self.lora_variant:
+            low_rank = (down, up, scaling, bias, p, self.training)
+            return functional.lora_linear(x, base.frozen, *low_rank)
+        magnitude: Tensor = self.lora_magnitude_vector[names[0]].weight  # type: ignore[assignment]
+        kept: dict[str, RowNorms] = self.__dict__.setdefault(NORMS, {})
+        norm = kept.setdefault(names[0], RowNorms())(base.frozen, down, up, scaling)
+        low_rank_rows = (down, up, magnitude, scaling, bias, p, self.training)
+        return functional.dora_linear(x, base.frozen, *low_rank_rows, weight_norm=norm)
+
+    def _mixed(self, x: Tensor, base: Base, rows: Sequence[str]) -> Tensor:
+        """Each entry of x's first dimension with the adapter that ``adapter_names`` gives it."""
+        names = self.named_here(rows)
+        number = {name: i for i, name in enumerate(names)}
+        return functional.multi_lora_linear(
+            x,
             base.frozen,
-            down,
-            up,
-            scaling,
-            bias=bias,
-            dropout_p=_dropout_p(self.lora_dropout[names[0]]) if len(names) == 1 else 0.0,
+            self._each(names),
+            torch.tensor([number.get(name, -1) for name in rows], device=x.device),
+            bias=_bias_as(x, self.base_layer.bias),  # type: ignore[arg-type]
+            dropout_p=[_dropout_p(self.lora_dropout[name]) for name in names],
             training=self.training,
         )
-        return y.to(x.dtype) if base.restores else y
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's."""
+        self.__dict__.pop(NORMS, None)  # they are norms of the weight that changes now
+        super().merge(*args, **kwargs)  # type: ignore[misc]
+
+    def unmerge(self) -> None:
+        """As PEFT's."""
+        self.__dict__.pop(NORMS, None)
+        super().unmerge()  # type: ignore[misc]
 
     def factors(self, names: list[str] | None = None) -> tuple[Tensor, Tensor, float]:
         """A, B and scaling of the active adapters; several become one of their summed rank."""
@@ -215,6 +311,13 @@ class FusedLora(Accelerated):
         if len(names) == 1:
             return _wide(down[0]), scaled[0], 1.0
         return torch.cat([_wide(a) for a in down]), torch.cat(scaled, dim=1), 1.0
+
+    def _each(self, names: list[str]) -> list[tuple[Tensor, Tensor, float]]:
+        """A, B and scaling of each of these adapters, in one dtype."""
+        each = [self.factors([name]) for name in names]
+        if len({down.dtype for down, _, _ in each}) == 1:
+            return each
+        return [(_wide(down), _wide(up), scaling) for down, up, scaling in each]
 
     def _bias(self, names: list[str], inner: Tensor) -> Tensor | None:
         """The base's bias and those of the adapters (``lora_bias=True``), which are scaled."""

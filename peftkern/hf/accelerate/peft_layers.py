@@ -7,7 +7,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from peftkern.hf.accelerate import merging
-from peftkern.hf.accelerate.fused import FusedLora
+from peftkern.hf.accelerate.fused import NORMS, FusedLora
 from peftkern.nn.quantized import QuantizedLinear
 
 
@@ -24,6 +24,7 @@ class FusedLinear(FusedLora, Linear):
             return
         names = check_adapters_to_merge(self, adapter_names)
         here = [name for name in names if name in self.lora_A]
+        self.__dict__.pop(NORMS, None)
         if here:
             merging.merge(self, base, here)
 

@@ -165,7 +165,15 @@ def _example_call(
         parts, kind, size = (frozen, None, None, None), "dense", 0
     if isinstance(module, FusedLora):
         down, up, scaling = module.factors()
+        if module.active_here()[0] in module.lora_variant:  # DoRA
+            scale = torch.ones(outer, dtype=_wide_dtype(x), device=x.device)
+            low_rank = (bias, down, up, scale, scaling, 0.0, None, True)
+            return "dora_linear", (x, *parts, kind, size, outer, *low_rank)
         return "lora_linear", (x, *parts, kind, size, outer, bias, down, up, scaling, 0.0, None)
     if kind == "int8":
         return "linear_8bit", (x, parts[0], parts[1], bias)
     return "linear_4bit", (x, *parts, kind, size, outer, bias)
+
+
+def _wide_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
