@@ -95,6 +95,10 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).contiguous().view(torch.uint8)
+
+
 def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
     """The model is what it was when ``before`` was taken."""
     now = snapshot(model)
@@ -102,7 +106,7 @@ def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
     for name, tensor in before["state"].items():
         got = now["state"][name]
         assert got.dtype == tensor.dtype, name
-        assert torch.equal(got.view(torch.uint8), tensor.view(torch.uint8)), name
+        assert torch.equal(_bytes(got), _bytes(tensor)), name
     for part in ("modules", "modes", "parameters", "hooks"):
         assert now[part] == before[part], part
 
