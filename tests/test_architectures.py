@@ -15,7 +15,8 @@ import peftkern as pk
 from peftkern.nn import LoRALinear
 
 pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
+import peft
 from architectures import FAMILIES, batch, build
 from hf_models import PEFT_WARNINGS, assert_unchanged, snapshot
 
