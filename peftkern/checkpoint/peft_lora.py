@@ -22,6 +22,7 @@ from peftkern.hf.targets import Site, by_pattern, explicit_targets
 from peftkern.nn.embedding import LoRAEmbedding
 from peftkern.nn.lora import LoRALinear
 from peftkern.nn.lora_init import changes_base, check_loftq, is_reproducible
+from peftkern.nn.parameter_lora import LoRAParameters
 from peftkern.nn.structure import is_dense_linear
 
 PEFT_TYPE = "LORA"
@@ -82,7 +83,6 @@ _REFUSED = {
     "layer_replication": "replicated layers",
     "megatron_config": "Megatron layers",
     "monteclora_config": "MonteCLoRA",
-    "target_parameters": "adapters on bare parameters",
     "trainable_token_indices": "trainable token rows",
     "use_bdlora": "block-diagonal LoRA",
     "use_qalora": "QA-LoRA",
@@ -111,7 +111,7 @@ def _check_supported(fields: dict[str, Any], where: str) -> None:
             "again; convert the adapter in PEFT with save_pretrained("
             "path_initial_model_for_weight_conversion=...)"
         )
-    if fields.get("target_modules") in (None, [], ""):
+    if fields.get("target_modules") in (None, [], "") and not fields.get("target_parameters"):
         problems.append("target_modules is missing")
     if problems:
         raise ValueError(f"{where}: " + "; ".join(problems))
@@ -140,7 +140,8 @@ def from_fields(fields: dict[str, Any], where: str, options: dict[str, Any]) -> 
             r=fields.get("r", 8),
             lora_alpha=fields.get("lora_alpha", 8),
             lora_dropout=fields.get("lora_dropout", 0.0),
-            target_modules=fields["target_modules"],
+            target_modules=fields.get("target_modules") or (),
+            target_parameters=fields.get("target_parameters") or None,
             exclude_modules=fields.get("exclude_modules") or None,
             rank_pattern=fields.get("rank_pattern") or {},
             alpha_pattern=fields.get("alpha_pattern") or {},
@@ -190,6 +191,7 @@ def to_fields(
         r=config.r,
         rank_pattern=dict(config.rank_pattern),
         target_modules=plain(written.target_modules),
+        target_parameters=plain(config.target_parameters),
         use_dora=config.use_dora,
         use_rslora=config.use_rslora,
         **base_model_fields(model, config.task_type),
@@ -222,6 +224,12 @@ def tensors(model: nn.Module, sites: Sequence[Site], adapter_name: str) -> dict[
         if layer.use_dora[adapter_name]:
             magnitude = layer.lora_magnitude_vector[adapter_name].weight
             held[f"{path}.lora_magnitude_vector"] = magnitude  # type: ignore[assignment]
+    for path, stack in _parameter_layers(sites, adapter_name).items():
+        # PEFT wraps one parameter after the other: the last one's adapter is the outermost.
+        for depth, parameter in enumerate(reversed(stack.parameter_names)):
+            a, b = stack.factors(adapter_name, parameter)
+            place = path + depth * ".base_layer"
+            held[f"{place}.lora_A.weight"], held[f"{place}.lora_B.weight"] = a, b
     return held
 
 
@@ -326,6 +334,14 @@ def check_same_function(sites: Sequence[Site], adapter_name: str, config: LoRACo
             scaling, have[adapter_name], rel_tol=1e-9
         ):
             problems.append(f"{path}: file {scaling:g}, model {have[adapter_name]:g}")
+    for path, stack in _parameter_layers(sites, adapter_name).items():
+        for parameter, own in stack.scaling[adapter_name].items():
+            full = f"{path}.{parameter}"
+            r = by_pattern(config.rank_pattern, full, config.r)
+            alpha = by_pattern(config.alpha_pattern, full, config.lora_alpha)
+            wanted_scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
+            if not math.isclose(wanted_scaling, own, rel_tol=1e-9):
+                problems.append(f"{full}: file {wanted_scaling:g}, model {own:g}")
     if problems:
         raise ValueError(
             "the file's lora_alpha or use_rslora differs from the existing adapter's, so the "
@@ -344,6 +360,14 @@ def _layers(sites: Sequence[Site], adapter_name: str) -> dict[str, LoRALinear | 
         for site in sites
         if isinstance(site.module, LoRALinear | LoRAEmbedding)
         and adapter_name in site.module.adapter_names
+    }
+
+
+def _parameter_layers(sites: Sequence[Site], adapter_name: str) -> dict[str, LoRAParameters]:
+    return {
+        site.name: site.module
+        for site in sites
+        if isinstance(site.module, LoRAParameters) and adapter_name in site.module.adapter_names
     }
 
 

@@ -143,7 +143,7 @@ class TargetedConfig(AdapterConfig):
         super().__post_init__()
         for name in ("target_modules", "exclude_modules"):
             object.__setattr__(self, name, names(name, getattr(self, name)))
-        if not self.target_modules:
+        if not self.target_modules and not getattr(self, "target_parameters", None):
             raise ValueError(
                 "target_modules: empty; give names, a regular expression, or 'all-linear'"
             )

@@ -29,6 +29,7 @@ from peftkern.hf.undo import Added, UndoLog
 from peftkern.hf.verify import Loss, VerifyReport, verify
 from peftkern.nn import Linear4bit, Linear8bit
 from peftkern.nn.adapter import AdapterLayer, adapter_layers, check_adapter_name
+from peftkern.nn.experts import QuantizedExperts, is_experts
 from peftkern.nn.lora import LoRALinear
 from peftkern.nn.quantized import QuantizedLinear
 from peftkern.nn.saved import TrainableCopy
@@ -101,7 +102,11 @@ class PatchHandle:
             added = [c for c in module.children() if isinstance(c, AdapterLayer)]
             module = next((c for c in added if adapter_name in c.adapter_names), module)
         base = getattr(module, "base_layer", module) if isinstance(module, AdapterLayer) else module
-        form = base.quantized.quant_type if isinstance(base, QuantizedLinear) else "dense"
+        form = "dense"
+        if isinstance(base, QuantizedLinear):
+            form = base.quantized.quant_type
+        elif isinstance(base, QuantizedExperts):
+            form = base.quant_type
         reasons = [note.reason] if note.reason else []
         if isinstance(module, LoRALinear) and module.shared is not None:
             partners = module.shared.partners(module)
@@ -383,6 +388,12 @@ def _base_for(step: Step, config: AdapterConfig, module: nn.Module) -> nn.Module
     if not step.quantize:
         rule = rule_for(module)
         return module if rule is None else rule.base(module)
+    if is_experts(module):
+        return QuantizedExperts(module, partial(_quantized, config=config))
+    return _quantized(module, config)
+
+
+def _quantized(module: nn.Module, config: AdapterConfig) -> QuantizedLinear:
     if config.quantize == "int8":
         return Linear8bit.from_linear(module)
     assert config.quantize is not None

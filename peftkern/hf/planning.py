@@ -23,6 +23,7 @@ from peftkern.hf.targets import (
 )
 from peftkern.hf.undo import UndoLog
 from peftkern.nn.adapter import AdapterLayer
+from peftkern.nn.experts import QuantizedExperts, is_experts, why_not_fused
 from peftkern.nn.quantized import QuantizedLinear
 from peftkern.nn.saved import TrainableCopy
 
@@ -45,6 +46,7 @@ class Step:
         copy: it gets a trainable copy.
         quantize: its weight is quantized.
         r: rank, or width, of the adapter.
+        parameters: names of the parameters that it is on, where it is not on the module's weight.
         reasons: why something asked for is not done, or why nothing was asked for.
         asked: whether the configuration asked for something.
         refused: whether something asked for is not done.
@@ -60,6 +62,7 @@ class Step:
     copy: bool = False
     quantize: bool = False
     r: int = 0
+    parameters: tuple[str, ...] = ()
     reasons: list[str] = field(default_factory=list)
     asked: bool = False
     refused: bool = False
@@ -279,11 +282,16 @@ def _why_not_quantized(
     """None: quantize it; "": it is in that format already; else why not."""
     module = site.module
     inner = getattr(module, "base_layer", module) if isinstance(module, AdapterLayer) else module
+    if isinstance(inner, QuantizedExperts):
+        have = inner.quant_type
+        return "" if have == config.quantize else f"its experts are {have} already"
     if isinstance(inner, QuantizedLinear):
         have = inner.quantized.quant_type
         return "" if have == config.quantize else f"its base is {have} already"
     if isinstance(module, AdapterLayer):
         return "it carries an adapter over a dense base already"
+    if is_experts(module):
+        return why_not_fused(module)
     rule = rule_for(module)
     if rule is None:
         return why_unknown(module)

@@ -10,6 +10,7 @@ from torch import nn
 
 from peftkern.hf.targets import Slot
 from peftkern.nn.adapter import AdapterLayer, adapter_layers
+from peftkern.nn.experts import is_experts, stacked
 from peftkern.nn.stash import DiskStore, Stashed
 
 
@@ -98,9 +99,16 @@ class UndoLog:
         self.on_rollback(lambda: parent._modules.pop(name, None))
 
     def park(self, original: nn.Module, stand_in: nn.Module, keep: str | bool, name: str) -> None:
-        """Set aside the weight of a layer that ``stand_in`` holds quantized."""
+        """Set aside the weights of a module that ``stand_in`` holds quantized."""
+        if is_experts(original):
+            for stack in stacked(original).values():
+                self._park(stack, stand_in, keep, name)
+            return
         weight = original._parameters["weight"]
         assert isinstance(weight, nn.Parameter)
+        self._park(weight, stand_in, keep, name)
+
+    def _park(self, weight: nn.Parameter, stand_in: nn.Module, keep: str | bool, name: str) -> None:
         data: Stashed | None = None
         if weight.device.type != "meta":
             if keep is False:

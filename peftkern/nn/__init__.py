@@ -7,6 +7,7 @@ from peftkern.nn.ia3 import IA3Linear
 from peftkern.nn.linear4bit import Linear4bit
 from peftkern.nn.linear8bit import Linear8bit
 from peftkern.nn.lora import LoRALinear
+from peftkern.nn.parameter_lora import LoRAParameters
 from peftkern.nn.prefix import PrefixTuning
 from peftkern.nn.prompt import PromptTuning
 from peftkern.nn.saved import TrainableCopy
@@ -21,6 +22,7 @@ __all__ = [
     "Linear8bit",
     "LoRAEmbedding",
     "LoRALinear",
+    "LoRAParameters",
     "PrefixTuning",
     "PromptTuning",
     "SparseDeltaLinear",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,15 +14,19 @@ from peftkern.hf.config import (
     TargetedConfig,
     check_patterns,
     is_number,
+    names,
     positive,
     positive_int,
 )
 from peftkern.hf.planning import Planning
 from peftkern.hf.rules import rule_for
-from peftkern.hf.targets import Choice, Site, by_pattern
+from peftkern.hf.targets import Choice, Site, by_pattern, excluded, matches
+from peftkern.nn.adapter import AdapterLayer
 from peftkern.nn.embedding import LoRAEmbedding
+from peftkern.nn.experts import is_experts
 from peftkern.nn.lora import LoRALinear
 from peftkern.nn.lora_init import changes_base, check_initialisation, check_loftq
+from peftkern.nn.parameter_lora import LoRAParameters
 from peftkern.nn.quantized import QuantizedLinear
 from peftkern.nn.structure import features, is_dense_linear, own_forward
 
@@ -46,6 +50,10 @@ class LoRAConfig(TargetedConfig):
             :class:`peftkern.nn.LoRALinear`.
         use_dora: learn the length of each row of the adapted weights (DoRA); linear layers only.
         lora_bias: a trained bias on each B; linear layers only.
+        target_parameters: names of parameters that are no layer's weight (whole path, or its last
+            parts), such as ``["experts.gate_up_proj", "experts.down_proj"]``: matrices, or stacks
+            of them, one for each expert. Without dropout, bias and magnitudes. With
+            ``target_modules=[]`` nothing else is adapted.
         loftq_config: ``loftq_iter`` rounds of LoftQ, and ``loftq_bits`` (4 or 8) that its dense
             base is rounded to without ``quantize``.
 
@@ -73,9 +81,18 @@ class LoRAConfig(TargetedConfig):
     use_dora: bool = False
     lora_bias: bool = False
     loftq_config: Mapping[str, int] = field(default_factory=dict)
+    target_parameters: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.target_parameters, str):
+            raise TypeError(
+                f"target_parameters: expected a list of names, got the string "
+                f"{self.target_parameters!r}; write [{self.target_parameters!r}]"
+            )
+        object.__setattr__(
+            self, "target_parameters", names("target_parameters", self.target_parameters)
+        )
         positive_int("r", self.r)
         positive("lora_alpha", self.lora_alpha)
         if not is_number(self.lora_dropout) or not 0.0 <= self.lora_dropout < 1.0:
@@ -106,7 +123,9 @@ def plan(planning: Planning, config: LoRAConfig) -> list[Site]:
         _plan_linear(planning, choice, config)
         if choice.wanted:
             linear.append(choice.site)
+    linear += _plan_parameters(planning, config)
     adapted = [step.site.name for step in planning.steps if step.adapts]
+    adapted += [f"{s.site.name}.{p}" for s in planning.steps for p in s.parameters if s.adapts]
     for label in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, label):
             if not any(by_pattern({pattern: True}, name, False) for name in adapted):
@@ -155,6 +174,81 @@ def _plan_linear(planning: Planning, choice: Choice, config: LoRAConfig) -> None
         step.rebase = rebase
     else:
         step.wrap = partial(LoRALinear, **arguments)
+
+
+def _plan_parameters(planning: Planning, config: LoRAConfig) -> list[Site]:
+    """The same at the modules that hold target_parameters; gives the stacks of experts."""
+    wanted = config.target_parameters or ()
+    found: dict[str, bool] = dict.fromkeys(wanted, False)
+    experts = []
+    for site in planning.sites:
+        base = site.module.base_layer if isinstance(site.module, LoRAParameters) else site.module
+        assert isinstance(base, nn.Module)
+        own = []
+        for parameter in (*base._parameters, *(n for n, _ in base.named_children())):
+            if not isinstance(site.module, LoRAParameters) and parameter not in base._parameters:
+                continue
+            hits = [w for w in wanted if any(matches((w,), f"{n}.{parameter}") for n in site.names)]
+            found.update(dict.fromkeys(hits, True))
+            if hits:
+                own.append(parameter)
+        if not own:
+            continue
+        _plan_parameter_site(planning, site, own, config)
+        if is_experts(base):
+            experts.append(site)
+    for name, seen in found.items():
+        if not seen:
+            raise ValueError(f"target_parameters: no parameter matches {name!r}")
+    return experts
+
+
+def _plan_parameter_site(
+    planning: Planning, site: Site, own: list[str], config: LoRAConfig
+) -> None:
+    step = planning.step(site.module)
+    step.asked = True
+    unlike = {
+        "lora_dropout": bool(config.lora_dropout),
+        "use_dora": config.use_dora,
+        "lora_bias": config.lora_bias,
+        f"init_lora_weights={config.init_lora_weights!r}": config.init_lora_weights
+        not in (True, False, "gaussian"),
+    }
+    for option, given in unlike.items():
+        if given:
+            step.refuse(f"{option} is for linear layers, these are bare parameters")
+            return
+    why = excluded(config, site.name)
+    if why is not None or step.copy:
+        step.reasons.append(why or "")
+        return
+    ranks = {p: by_pattern(config.rank_pattern, f"{site.name}.{p}", config.r) for p in own}
+    alphas = {
+        p: by_pattern(config.alpha_pattern, f"{site.name}.{p}", config.lora_alpha) for p in own
+    }
+    arguments: dict[str, Any] = {
+        "adapter_name": planning.adapter_name,
+        "r": ranks,
+        "lora_alpha": alphas,
+        "use_rslora": config.use_rslora,
+        "init_lora_weights": config.init_lora_weights,
+        "lora_dtype": config.adapter_dtype,
+    }
+    step.r, step.parameters = max(ranks.values()), tuple(own)
+    module = site.module
+    if isinstance(module, LoRAParameters):
+        if set(own) != set(module.parameter_names):
+            step.refuse(
+                f"its adapters are on {', '.join(module.parameter_names)}; another one must be on "
+                "the same parameters"
+            )
+            return
+        step.extend = partial(module.add_adapter, **arguments)
+    elif step.adapts or isinstance(module, AdapterLayer):
+        step.refuse("is adapted as a layer already, by target_modules")
+    else:
+        step.wrap = partial(LoRAParameters, parameters=own, **arguments)
 
 
 def _why_not_so(module: nn.Module, config: LoRAConfig, r: int) -> str | None:
