@@ -19,7 +19,7 @@ from peftkern.quant import QuantizedTensor, quantize_4bit, quantize_8bit
 from peftkern.registry import apply_environment, backends, use_backend
 
 if TYPE_CHECKING:
-    from peftkern import nn, optim
+    from peftkern import hf, nn, optim
     from peftkern.checkpoint import load_adapter, save_adapter
     from peftkern.hf import (
         BottleneckConfig,
@@ -51,6 +51,7 @@ apply_environment()
 
 # Loaded when first used, so that `import peftkern` costs little over `import torch`.
 _LAZY = {
+    "hf": "peftkern.hf",
     "nn": "peftkern.nn",
     "optim": "peftkern.optim",
     "BottleneckConfig": "peftkern.hf",
@@ -101,6 +102,7 @@ __all__ = [
     "backends",
     "disable_adapter",
     "functional",
+    "hf",
     "importance",
     "load_adapter",
     "merge",

@@ -1,5 +1,6 @@
 """Adapting Hugging Face models, and any other ``nn.Module``, in place and reversibly."""
 
+from peftkern.hf.accelerate.bnb_ops import BitsandbytesOps, register_bitsandbytes_ops
 from peftkern.hf.adapters import disable_adapter, merge, set_adapter, unmerge
 from peftkern.hf.config import AdapterConfig, TargetedConfig
 from peftkern.hf.methods.bottleneck import BottleneckConfig
@@ -15,6 +16,7 @@ from peftkern.hf.weighted import add_weighted_adapter
 
 __all__ = [
     "AdapterConfig",
+    "BitsandbytesOps",
     "BottleneckConfig",
     "IA3Config",
     "LoRAConfig",
@@ -30,6 +32,7 @@ __all__ = [
     "disable_adapter",
     "merge",
     "patch",
+    "register_bitsandbytes_ops",
     "set_adapter",
     "unmerge",
     "unpatch",
