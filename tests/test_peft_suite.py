@@ -161,6 +161,36 @@ def test_weighted_adapters(kind: str) -> None:
     assert fast(ours) == 2  # one layer, called twice
 
 
+def test_a_trainable_base_is_for_peft_and_for_inference() -> None:
+    ours, plain = pair("bias")
+    for model in (ours, plain):
+        model.requires_grad_(True)
+        model(IDS).square().mean().backward()
+    for (name, mine), (_, other) in zip(
+        ours.named_parameters(), plain.named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-5, atol=1e-6, msg=name)
+    assert fast(ours) == 0
+    assert "trainable" in " ".join(pk.accelerate(ours).report().fallbacks)
+    with torch.no_grad():
+        same(ours, plain)
+    assert fast(ours) == 3
+
+
+def test_weights_that_fsdp_left_as_plain_views() -> None:
+    ours, plain = pair("lora_bias")
+    want = same(ours, plain)
+    layer = ours.base_model.model.lin1
+    for module in (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]):
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                delattr(module, name)
+                setattr(module, name, parameter.data.view_as(parameter))
+    before = fast(ours)
+    assert torch.equal(ours(IDS).detach(), want)
+    assert fast(ours) == before + 1
+
+
 SUITE = """
 import pytest, torch
 from peft import LoraConfig, get_peft_model

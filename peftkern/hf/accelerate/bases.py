@@ -70,9 +70,11 @@ def why_not_base(module: nn.Module) -> str | None:
         return f"its base layer is {type(module).__name__}, which no kernel covers"
     if own_forward(module):
         return f"its base layer {type(module).__name__} computes a forward of its own"
-    if is_parametrized(module):
+    # A plain tensor as an attribute is a view that FSDP put there for this pass; what else leaves
+    # one (torch.nn.utils.weight_norm) computes it in a hook.
+    if is_parametrized(module) and type(module.__dict__.get("weight")) is not Tensor:
         return "the weight of its base layer is recomputed by a parametrization"
-    if module.weight.requires_grad:
+    if module.weight.requires_grad and torch.is_grad_enabled():
         return "the weight of its base layer is trainable"
     return None
 

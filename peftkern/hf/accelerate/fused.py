@@ -218,7 +218,8 @@ class FusedLora(Accelerated):
             hooks = hooks_of(module)
             if hooks is not None:
                 return f"its {label} carries {hooks}, which must run"
-            if type(module.weight) is not nn.Parameter:
+            # A plain tensor is a view that FSDP put there for this pass.
+            if type(module.weight) not in (nn.Parameter, Tensor):
                 return f"its {label} weight is a {type(module.weight).__name__}"
         dropout = self.lora_dropout[name]
         if type(dropout) not in (nn.Identity, nn.Dropout) or hooks_of(dropout) is not None:
