@@ -53,7 +53,14 @@ def batch_for(model: Any, rows: int, length: int) -> dict[str, torch.Tensor]:
 def make_real(model: Any, method: str) -> Any:
     if method == "full":
         return model.requires_grad_(True).train()
-    pk.patch(model, pk.LoRAConfig(r=8, quantize="nf4" if method == "qlora" else None))
+    configs = {
+        "lora": pk.LoRAConfig(r=8),
+        "qlora": pk.LoRAConfig(r=8, quantize="nf4"),
+        "bottleneck": pk.BottleneckConfig(reduction_factor=16),
+        "prefix": pk.PrefixTuningConfig(num_virtual_tokens=32),
+        "prompt": pk.PromptTuningConfig(num_virtual_tokens=32),
+    }
+    pk.patch(model, configs[method])
     return model.train()
 
 
@@ -70,7 +77,13 @@ def nbytes(model: nn.Module) -> int:
         ("llama", "qlora", False),
         ("llama bf16", "full", True),
         ("llama bf16", "qlora", True),
+        ("llama", "bottleneck", False),
+        ("llama", "prefix", False),
+        ("llama", "prompt", True),
         ("minilm", "lora", False),
+        ("minilm", "bottleneck", True),
+        ("minilm", "prefix", False),
+        ("minilm", "prompt", False),
         pytest.param("minilm", "qlora", True, marks=pytest.mark.slow),
         pytest.param("minilm", "full", False, marks=pytest.mark.slow),
     ],

@@ -12,6 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as torch_functional
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -125,17 +129,22 @@ def _module_stack(model: nn.Module, stack: list[tuple[str, bool]]) -> Iterator[N
     """Keep the classes of the modules that are running, and whether they are part of a layer."""
     layers = {id(layer) for layer in layers_of(model)}
 
+    watched = {id(module) for module in _watched(model)}
+
     def enter(module: nn.Module, args: Any) -> None:
-        below = bool(stack) and stack[-1][1]
-        stack.append((type(module).__name__, below or id(module) in layers))
+        if id(module) in watched:
+            below = bool(stack) and stack[-1][1]
+            stack.append((type(module).__name__, below or id(module) in layers))
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        stack.pop()
+        if id(module) in watched:
+            stack.pop()
 
-    hooks = []
-    for module in _hookable(model):
-        hooks.append(module.register_forward_pre_hook(enter))
-        hooks.append(module.register_forward_hook(leave, always_call=True))
+    # For all modules at once: hooks on our layers would keep the fused kernels off.
+    hooks = [
+        register_module_forward_pre_hook(enter),
+        register_module_forward_hook(leave, always_call=True),
+    ]
     try:
         yield
     finally:
@@ -143,13 +152,13 @@ def _module_stack(model: nn.Module, stack: list[tuple[str, bool]]) -> Iterator[N
             hook.remove()
 
 
-def _hookable(model: nn.Module) -> Iterator[nn.Module]:
-    """Modules that may carry hooks: inside our layers they would keep the fused kernels off."""
+def _watched(model: nn.Module) -> Iterator[nn.Module]:
+    """The model's modules; of ours, without what is inside."""
     yield model
     if type(model).__module__.startswith("peftkern."):
         return
     for child in model.children():
-        yield from _hookable(child)
+        yield from _watched(child)
 
 
 class _Live(TorchDispatchMode):

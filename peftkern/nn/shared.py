@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from peftkern import functional
+from peftkern.functional.arguments import autocasts
 
 if TYPE_CHECKING:
     from peftkern.nn.lora import LoRALinear
@@ -46,7 +47,7 @@ def _facts(x: Tensor) -> tuple[Any, ...]:
     """What besides the tensor a result depends on."""
     version = 0 if x.is_inference() else x._version
     kind = x.device.type
-    cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    cast = torch.get_autocast_dtype(kind) if autocasts(x) else None
     return version, cast, torch.is_grad_enabled()
 
 
