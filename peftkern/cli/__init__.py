@@ -16,11 +16,13 @@ def make_app() -> Any:
 
     from peftkern._version import __version__
     from peftkern.cli.bench import bench
+    from peftkern.cli.convert import convert
     from peftkern.cli.demo.command import demo
     from peftkern.cli.finetune.command import finetune
     from peftkern.cli.info import info
     from peftkern.cli.plan import plan
     from peftkern.cli.tune import tune
+    from peftkern.cli.verify import verify
 
     app = typer.Typer(
         name="peftkern",
@@ -49,6 +51,8 @@ def make_app() -> Any:
     app.command()(plan)
     app.command()(tune)
     app.command()(bench)
+    app.command()(verify)
+    app.command()(convert)
     return app
 
 

@@ -133,7 +133,7 @@ def verify(
 
     One step runs as the model is (dtype, autocast, training mode); each module of ours is then
     computed once more alone, from the input and the output gradient that it met, by the kernels
-    and by the reference. A second step of the whole model runs on the reference alone. Gradients,
+    and by the reference. Another step runs unwatched, and one on the reference alone. Gradients,
     buffers, training modes, random states and call counters are what they were afterwards.
 
     Args:
@@ -169,7 +169,10 @@ def verify(
     with _kept(model):
         state = _random_state(model)
         watcher = _Watcher(modules, against)
-        value, gradients = _step(model, batch, compute, watcher.watching())
+        _step(model, batch, compute, watcher.watching())
+        _restore_random_state(state)
+        # Once more unwatched: layers that share their input then compute together.
+        value, gradients = _step(model, batch, compute, contextlib.nullcontext())
         _restore_random_state(state)
         other = _originals(model) if against == "original" else use_backend("reference")
         value_reference, expected = _step(model, batch, compute, other)
