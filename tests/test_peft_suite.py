@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,36 @@ def test_weights_that_fsdp_left_as_plain_views() -> None:
     before = fast(ours)
     assert torch.equal(ours(IDS).detach(), want)
     assert fast(ours) == before + 1
+
+
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("make", [pk.nn.Linear4bit, pk.nn.Linear8bit])
+def test_peft_merges_into_our_quantized_layers(make: Any, dora: bool, safe: bool) -> None:
+    """Without accelerate; PEFT on its own would add to the bytes, for INT8 without an error."""
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 48)
+    model = peft.get_peft_model(
+        nn.Sequential(make.from_linear(linear)),
+        peft.LoraConfig(r=4, target_modules=["0"], use_dora=dora),
+    )
+    _fill(model)
+    layer = model.base_model.model[0]
+    assert not isinstance(layer, FusedLora)
+    stored = [p.clone() for p in layer.base_layer.parameters()]
+    x = torch.randn(5, 64)
+    want = model(x).detach()
+    with pytest.warns(UserWarning, match=r"requantizing lost \d+\.\d % of the update"):
+        model.merge_adapter(safe_merge=safe)
+    size = want.norm()
+    assert (model(x) - want).norm() < (0.02 if make is pk.nn.Linear8bit else 0.2) * size
+    model.unmerge_adapter()
+    assert torch.equal(model(x), want)
+    assert all(map(torch.equal, stored, layer.base_layer.parameters()))
+    with pytest.warns(UserWarning, match="requantizing lost"):
+        merged = pickle.loads(pickle.dumps(model)).merge_and_unload(safe_merge=safe)
+    assert type(merged[0]) is make
+    assert (merged(x) - want).norm() < (0.02 if make is pk.nn.Linear8bit else 0.2) * size
 
 
 SUITE = """

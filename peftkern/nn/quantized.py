@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -59,8 +60,16 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def W_q(self) -> Tensor:
-        """The packed bytes, under the name by which PEFT knows to call :meth:`dequantize`."""
+        """The packed bytes, under the name by which PEFT knows to call :meth:`dequantize`.
+
+        PEFT asks for it when it puts an adapter on this layer.
+        """
+        _known_to_peft()
         return self.weight.detach()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _known_to_peft()  # unpickled below a layer of PEFT, perhaps
 
     @property
     def nbytes(self) -> int:
@@ -158,6 +167,14 @@ class QuantizedLinear(nn.Linear):
                     f"{prefix}{name}: expected {tensor.dtype}, the state dict holds {given.dtype}"
                 )
         return None
+
+
+def _known_to_peft() -> None:
+    """Where PEFT is loaded, see to it that it merges into our layers by their own functions."""
+    if "peft.tuners.lora" in sys.modules:
+        from peftkern.hf.accelerate.merging import teach_peft
+
+        teach_peft()
 
 
 def dense_source(linear: nn.Module, maker: str) -> Tensor:

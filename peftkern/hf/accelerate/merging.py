@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from peftkern.hf.accelerate.fused import counts_of
+from peftkern.hf.accelerate.fused import Accelerated, counts_of
 from peftkern.nn.merging import Merged, merge_into, unmerge_from
 from peftkern.nn.quantized import QuantizedLinear
 
 logger = logging.getLogger("peftkern")
 _MERGES = "_peftkern_merges"
+_TAUGHT = "_peftkern_taught"
 
 
 @dataclass
@@ -24,6 +27,45 @@ class Written:
     names: list[str]
     merged: Merged
     bias: Tensor | None
+
+
+def teach_peft() -> None:
+    """Have PEFT's ``lora.Linear`` merge into our quantized layers as they are, in this process.
+
+    PEFT adds to the stored bytes as if they were the weight, which for INT8 goes wrong without an
+    error. Done once, when PEFT first wraps one of our layers; its layers on other bases do what
+    they did.
+    """
+    from peft.tuners.lora.layer import Linear
+    from peft.tuners.tuners_utils import check_adapters_to_merge
+
+    if getattr(Linear.merge, _TAUGHT, False):
+        return
+    theirs, back = Linear.merge, Linear.unmerge
+
+    @functools.wraps(theirs)
+    def merging(
+        self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> None:
+        base = self.get_base_layer()
+        if not isinstance(base, QuantizedLinear):
+            theirs(self, safe_merge=safe_merge, adapter_names=adapter_names)
+            return
+        names = check_adapters_to_merge(self, adapter_names)
+        here = [name for name in names if name in self.lora_A]
+        if here:
+            merge(self, base, here)
+
+    @functools.wraps(back)
+    def unmerging(self: Any) -> None:
+        base = self.get_base_layer()
+        if isinstance(base, QuantizedLinear) and self.merged:
+            unmerge(self, base)
+        else:
+            back(self)
+
+    setattr(merging, _TAUGHT, True)
+    Linear.merge, Linear.unmerge = merging, unmerging
 
 
 @torch.no_grad()
@@ -56,12 +98,14 @@ def merge(layer: Any, base: Any, names: list[str]) -> None:
         layer.__dict__.setdefault(_MERGES, []).append(Written(group, written, kept))
         layer.merged_adapters.extend(group)
         counts_of(layer).merge_error = written.error
-        logger.info(
-            "merged %s into a %s weight: requantizing lost %.1f %% of the update",
-            ", ".join(group),
-            base.quantized.quant_type,
-            100 * written.error,
+        told = (
+            f"merged {', '.join(group)} into a {base.quantized.quant_type} weight: requantizing "
+            f"lost {100 * written.error:.1f} % of the update"
         )
+        if isinstance(layer, Accelerated):  # it stands in the report
+            logger.info(told)
+        else:
+            warnings.warn(told, UserWarning, stacklevel=3)
 
 
 @torch.no_grad()
