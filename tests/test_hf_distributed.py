@@ -25,12 +25,29 @@ pytestmark = [
     pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo"),
 ]
 STEPS, ROWS = 3, 4
-CASES = [("ddp", "nf4"), ("ddp", "int8"), ("fsdp2", "nf4"), ("fsdp2", "int8")]
+CASES = [
+    ("ddp", "nf4"),
+    ("ddp", "int8"),
+    ("fsdp2", "nf4"),
+    ("fsdp2", "int8"),
+    ("ddp", "peft nf4"),
+    ("fsdp2", "peft nf4"),
+]
 
 
 def patched(quantize: str, checkpointing: bool) -> Any:
     model = build("llama")
-    pk.patch(model, pk.LoRAConfig(r=4, quantize=quantize, keep_original=False))
+    if quantize == "peft nf4":  # PEFT's layers on our packed weights, accelerated
+        peft = pytest.importorskip("peft")
+        for name, module in list(model.named_modules()):
+            if type(module) is nn.Linear and name != "lm_head":
+                model.set_submodule(name, pk.nn.Linear4bit.from_linear(module))
+        config = peft.LoraConfig(r=4, target_modules="all-linear")
+        torch.manual_seed(3)
+        model = peft.get_peft_model(model, config).base_model.model
+        pk.accelerate(model)
+    else:
+        pk.patch(model, pk.LoRAConfig(r=4, quantize=quantize, keep_original=False))
     randomize_adapters(model)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -83,7 +100,11 @@ def run_case(rank: int, way: str, quantize: str) -> dict[str, Any]:
         state[name] = full.detach().clone()
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
     same = all(torch.equal(state[n], bytes_before[n]) for n in frozen)
-    return {"losses": both / 2, "state": state, "frozen_same": same}
+    found = {"losses": both / 2, "state": state, "frozen_same": same}
+    if quantize.startswith("peft"):
+        report = pk.accelerate(model).report()
+        found["fast"], found["fallbacks"] = report.fast_calls, report.fallbacks
+    return found
 
 
 def free_port() -> int:
@@ -100,6 +121,9 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         expected = train(alone, slice(0, ROWS))
         got = torch.load(tmp_path / f"{way}-{quantize}.pt", weights_only=True)
         assert got["frozen_same"]  # the packed weights came through sharding and gathering
+        if "fast" in got:  # checkpointing computes each layer twice
+            assert got["fast"] == 14 * STEPS * (2 if way == "fsdp2" else 1)
+            assert got["fallbacks"] == {}
         torch.testing.assert_close(got["losses"], torch.tensor(expected), rtol=1e-5, atol=1e-6)
         trained = {n for n, p in alone.named_parameters() if p.requires_grad}
         assert len(trained) == 28

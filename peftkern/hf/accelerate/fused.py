@@ -269,8 +269,10 @@ class FusedLora(Accelerated):
             low_rank = (down, up, scaling, bias, p, self.training)
             return functional.lora_linear(x, base.frozen, *low_rank)
         magnitude: Tensor = self.lora_magnitude_vector[names[0]].weight  # type: ignore[assignment]
-        kept: dict[str, RowNorms] = self.__dict__.setdefault(NORMS, {})
-        norm = kept.setdefault(names[0], RowNorms())(base.frozen, down, up, scaling)
+        norm = None  # computed in the call
+        if not torch.compiler.is_compiling():
+            kept: dict[str, RowNorms] = self.__dict__.setdefault(NORMS, {})
+            norm = kept.setdefault(names[0], RowNorms())(base.frozen, down, up, scaling)
         low_rank_rows = (down, up, magnitude, scaling, bias, p, self.training)
         return functional.dora_linear(x, base.frozen, *low_rank_rows, weight_norm=norm)
 
