@@ -98,12 +98,19 @@ def _bottleneck_calls() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         (2048, 16, _FP32, 0.0, "gelu"),
         (8192, 256, _BF16, 0.0, "relu"),
         (8192, 256, _FP32, 0.1, "relu"),
+        # Narrow enough for launches by whole rows.
+        (2048, 16, _BF16, 0.0, "gelu", _BF16, 768),
+        (2048, 16, _FP32, 0.1, "relu", _BF16, 768),
+        (512, 16, _FP32, 0.0, "gelu", _FP32, 768),
+        (512, 16, _FP32, 0.1, "relu", _FP16, 768),
     ):
         dtype = given[0] if given else _BF16
-        x, dy = _meta(m, _K, dtype=dtype), _meta(m, _N, dtype=dtype)
-        shapes = ((r, _K), (r,), (_N, r), (_N,), (_N,))
+        k, n = (given[1], given[1]) if len(given) > 1 else (_K, _N)
+        x, dy = _meta(m, k, dtype=dtype), _meta(m, n, dtype=dtype)
+        shapes = ((r, k), (r,), (n, r), (n,), (n,))
         weights = [_meta(*shape, dtype=adapter) for shape in shapes]
         what = f"m{m} r{r} {str(adapter).removeprefix('torch.')} {act} p{p}"
+        what += f" {k} features" if len(given) > 1 else ""
         tail = (act, p, seed if p else None)
         z = _meta(m, r, dtype=adapter)
         yield "bottleneck_adapter", what, (x, *weights, x, *tail, True)

@@ -84,7 +84,8 @@ def rows_config(m: int, c: int, n: int, rank: int, fp32: bool, backward: bool) -
     block_m = min(sizes, key=lambda size: _by_rows(m, c, n, rank, size, backward))
     block_r = _power(rank)
     wide = not fp32 and block_m <= 64 and block_r <= 64 and not backward
-    warps = 8 if block_m == 128 or block_m * block_r >= 64 * 128 else 4
+    many = block_m == 128 or block_m * block_r >= 64 * 128
+    warps = 8 if many or (fp32 and backward) else 4  # four of the last spill on 9.0
     # Tensor cores truncate what they add to a running sum: those that stay fp32 are kept short.
     block_c = 32 if fp32 else 128 if wide else 64
     return BottleneckConfig(block_m, block_c, block_r, 1, warps, 3, 64)
