@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftkern as pk
 from peftkern.nn.quantized import QuantizedLinear
@@ -127,3 +130,86 @@ def test_unknown_settings() -> None:
         PeftkernConfig("nf3")
     with pytest.raises(ValueError, match=r"unknown fields: group"):
         PeftkernConfig(group=3)
+
+
+class _Allocated(TorchDispatchMode):
+    """The most bytes outside the meta device that were alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in torch.utils._pytree.tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
+                self._count(leaf.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+
+        def gone() -> None:
+            self.now -= size
+            self._seen.discard(key)
+
+        self._seen.add(key)
+        weakref.finalize(storage, gone)
+        self.now += size
+        self.most = max(self.most, self.now)
+
+
+@pytest.mark.parametrize("config", [pk.NF4Config(), pk.INT8Config()], ids=["nf4", "int8"])
+def test_the_dense_model_is_never_in_memory(config: Any, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
+    source = build("llama", **sizes)
+    dense = sum(p.nbytes for p in source.parameters())
+    source.save_pretrained(tmp_path, max_shard_size="1MB")
+    with _Allocated() as allocated:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=config
+        )
+    kept = sum(p.nbytes for p in model.parameters())
+    assert kept < dense / 3
+    largest = max(p.nbytes for p in source.parameters())
+    assert kept <= allocated.most < kept + 2 * largest  # one weight at a time
+
+
+def test_checkpoints_of_bitsandbytes(tmp_path: Path) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    safetensors = pytest.importorskip("safetensors.torch")
+    source = build("llama", intermediate_size=128)
+    twin = copy.deepcopy(source)
+    for name, module in list(source.named_modules()):
+        if type(module) is not torch.nn.Linear or name == "lm_head":
+            continue
+        layer = bnb.nn.Linear4bit(
+            module.in_features, module.out_features, bias=False, quant_type="nf4"
+        )
+        layer.load_state_dict({"weight": module.weight.data})
+        source.set_submodule(name, layer.to("cpu"))
+        q = pk.QuantizedTensor.from_bnb(layer)
+        twin.get_submodule(name).weight.data = q.dequantize(torch.float32)
+    safetensors.save_file(source.state_dict(), tmp_path / "model.safetensors", {"format": "pt"})
+    config = source.config.to_dict() | {
+        "architectures": ["LlamaForCausalLM"],
+        "quantization_config": {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": "float32",
+            "llm_int8_skip_modules": ["lm_head"],
+        },
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    handle = pk.accelerate(model)
+    with torch.no_grad():
+        got, want = model(**batch("llama")).logits, twin(**batch("llama")).logits
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert handle.report().fast_calls == 14
+    assert handle.report().fallbacks == {}
