@@ -484,6 +484,26 @@ def test_qlora_of_bitsandbytes(quant: str, double: bool) -> None:
     assert checked.ok, str(checked)
 
 
+def test_dora_and_mixed_batches_over_bitsandbytes() -> None:
+    model = wrapped("llama", bnb_model("nf4"), use_dora=True)
+    model.add_adapter("plain", peft.LoraConfig(r=3, target_modules=["q_proj"]))
+    randomize_adapters(model)
+    twin = copy.deepcopy(model)
+    handle = pk.accelerate(model)
+    assert_same_step(model, twin, "llama")
+    assert handle.report().fallbacks == {}
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    layer.lora_magnitude_vector["default"].register_forward_hook(lambda *_: None)
+    assert_same_step(model, twin, "llama")
+    assert reasons(handle) == "its lora_magnitude_vector carries forward hooks, which must run"
+    mixed = [net.base_model.model.model.layers[0].self_attn.q_proj for net in (model, twin)]
+    names, x = ["plain", "__base__", "plain"], torch.randn(3, 5, 64)
+    got, want = (layer(x, adapter_names=names) for layer in mixed)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    # The layer that PEFT computed called its base, which is one of ours as well.
+    assert handle.report().fast_calls == 14 + (13 + 1) + 1
+
+
 def test_int8_of_bitsandbytes_is_decoded_exactly() -> None:
     base = bnb_model("int8")
     twin = wrapped("llama", decoded_twin(base))
