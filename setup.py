@@ -172,5 +172,5 @@ setup(
     package_dir={"peftkern.bench": "bench"},
     ext_modules=[Extension("peftkern._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
-    package_data={"peftkern": ["py.typed", FAILURE_FILE]},
+    package_data={"peftkern": ["py.typed", "_C.pyi", FAILURE_FILE]},
 )
