@@ -23,7 +23,7 @@ CXX_FILES = $(shell find csrc -type f \( -name '*.h' -o -name '*.cpp' -o -name '
 PYTEST := OMP_NUM_THREADS=$(THREADS) $(PY) -m pytest
 BENCH := $(PY) -m pytest bench --benchmark-only
 
-.PHONY: help venv build demo test test-fast lint format bench bench-quick aot-report clean
+.PHONY: help venv build demo test test-fast lint format bench bench-quick report docs aot-report clean
 .PHONY: gpu gpu-test gpu-bench
 .DEFAULT_GOAL := help
 
@@ -107,6 +107,9 @@ bench: $(STAMP)-bench ## kernels against their peers and the hardware's floor
 
 bench-quick: $(STAMP)-bench ## the same on few shapes, under 5 minutes
 	$(BENCH) --bench-level=quick $(ARGS)
+
+report: $(STAMP)-bench ## one page of every results file, and the README's picture
+	$(PY) -m bench.card --output build/report.html --picture docs/measured.svg $(ARGS)
 
 # Another Triton goes into a folder of its own, found before the one of the virtual environment.
 AOT_TRITON = $(if $(TRITON),build/triton-$(TRITON))

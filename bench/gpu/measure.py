@@ -34,6 +34,7 @@ def _row(
     samples = timing.graph or timing.events
     if samples:
         row["least_s"] = min(samples)
+        row["traffic"], row["flops"] = traffic or built.traffic, built.flops
         floor = ceiling.seconds(traffic or built.traffic, built.flops)
         taken = timing.seconds("graph") or timing.seconds("events")
         if floor and taken:
