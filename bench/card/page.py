@@ -262,7 +262,8 @@ margin-right:6px}}
 .notes{{font-size:.86rem;color:var(--dim);overflow-wrap:anywhere}}
 @media(max-width:560px){{
 figure{{padding:10px}}thead{{display:none}}
-tr{{display:grid;grid-template-columns:1fr 1fr 1fr;border-bottom:1px solid var(--line);padding:5px 0}}
+tr{{display:grid;grid-template-columns:1fr 1fr 1fr;padding:5px 0;
+border-bottom:1px solid var(--line)}}
 td{{border:0;padding:1px 0}}td:first-child{{grid-column:1/4}}td:nth-child(2){{text-align:left}}
 }}
 """
