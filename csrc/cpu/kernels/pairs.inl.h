@@ -81,7 +81,7 @@ void decode_pairs(const Weight& w, int64_t row, int64_t col, int64_t n, float* l
 // x(i, k0 .. k0 + n); `line` is scratch for n floats.
 void operand_pairs(const Operand& x, int64_t i, int64_t k0, int64_t n, const int64_t* index,
                    float* line, float* out) {
-    if (x.col_stride == 1 && !x.dropout.on) {
+    if (x.col_stride == 1 && index == nullptr && !x.dropout.on) {
         copy_run((const uint16_t*)x.p + i * x.row_stride + k0, n, out);
         return;
     }

@@ -341,7 +341,7 @@ void subtract_dropout_run(float* x, int64_t n, const Dropout& d, int64_t first, 
 // x(i, k0 .. k0 + n) as fp32; `index` renames positions of the depth.
 void operand_run(const Operand& x, int64_t i, int64_t k0, int64_t n, const int64_t* index,
                  float* out) {
-    if (x.col_stride == 1) {
+    if (x.col_stride == 1 && index == nullptr) {
         const char* p = (const char*)x.p + (i * x.row_stride + k0) * dtype_size(x.dtype);
         load_run(p, x.dtype, n, out);
     } else {
