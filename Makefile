@@ -24,7 +24,7 @@ PYTEST := OMP_NUM_THREADS=$(THREADS) $(PY) -m pytest
 BENCH := $(PY) -m pytest bench --benchmark-only
 
 .PHONY: help venv build demo test test-fast lint format bench bench-quick report docs aot-report clean
-.PHONY: gpu gpu-test gpu-bench
+.PHONY: gpu gpu-test gpu-bench fuzz
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -110,6 +110,10 @@ bench-quick: $(STAMP)-bench ## the same on few shapes, under 5 minutes
 
 report: $(STAMP)-bench ## one page of every results file, and the README's picture
 	$(PY) -m bench.card --output build/report.html --picture docs/measured.svg $(ARGS)
+
+FUZZ_MINUTES ?= 3
+fuzz: $(STAMP)-test ## random operations against the reference (FUZZ_MINUTES=3)
+	$(PY) -m bench.fuzz --minutes $(FUZZ_MINUTES) $(ARGS)
 
 # Another Triton goes into a folder of its own, found before the one of the virtual environment.
 AOT_TRITON = $(if $(TRITON),build/triton-$(TRITON))
