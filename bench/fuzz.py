@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,12 +42,19 @@ class Draw:
         run: the operation, from its tensors to one or several results.
         tensors: what is differentiated, by name; cast together.
         factors: the error rule's factors of results and of gradients.
+        dtype: of the activations, and of the gradients of results; the first tensor's.
     """
 
     text: str
     run: Callable[..., Tensor | Sequence[Tensor]]
     tensors: dict[str, Tensor]
     factors: tuple[float, float] = (1.5, 2.0)
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        first = next(iter(self.tensors.values()))
+        if first.dtype != torch.float64:
+            object.__setattr__(self, "dtype", first.dtype)
 
 
 class Dice:
@@ -232,7 +239,9 @@ def _sparse(d: Dice) -> Draw:
 DRAWS = (_linear, _lora, _lora, _group, _many, _bottleneck, _prefix, _gated, _sparse)
 
 
-def _evaluate(draw: Draw, cast: torch.dtype | None, seed: int) -> dict[str, Tensor]:
+def _evaluate(
+    draw: Draw, cast: torch.dtype | None, seed: int, move: Callable[[Tensor], Tensor] | None = None
+) -> dict[str, Tensor]:
     """Results and gradients; the gradients of results are drawn, or one number for all."""
     leaves = {
         n: (t.to(cast) if cast is not None else t).detach().requires_grad_()
@@ -243,10 +252,10 @@ def _evaluate(draw: Draw, cast: torch.dtype | None, seed: int) -> dict[str, Tens
     make = torch.Generator().manual_seed(seed)
     dys = []
     for y in ys:
-        dy = torch.randn(y.shape, generator=make).to(draw.tensors[next(iter(draw.tensors))].dtype)
+        dy = torch.randn(y.shape, generator=make).to(draw.dtype)
         if seed % 5 == 0:  # what .sum().backward() sends: stride 0
             dy = dy.new_ones(()).expand(y.shape)
-        dys.append(dy.to(y.dtype))
+        dys.append(dy.to(y.dtype) if move is None else move(dy.to(y.dtype)))
     grads = torch.autograd.grad(ys, list(leaves.values()), dys, allow_unused=True)
     found = {f"y{i}": y.detach() for i, y in enumerate(ys)}
     pairs = zip(leaves, grads, strict=True)
@@ -262,8 +271,8 @@ def _condition(draw: Draw, truth: dict[str, Tensor], seed: int) -> dict[str, flo
         wide = t.double()
         return wide * (1 + eps * torch.randn(t.shape, generator=make, dtype=torch.float64))
 
-    near = Draw(draw.text, draw.run, {n: moved(t) for n, t in draw.tensors.items()})
-    other = _evaluate(near, None, seed)
+    near = replace(draw, tensors={n: moved(t) for n, t in draw.tensors.items()}, dtype=draw.dtype)
+    other = _evaluate(near, None, seed, moved)
     return {n: float((other[n] - t).abs().max()) if t.numel() else 0.0 for n, t in truth.items()}
 
 
