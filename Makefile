@@ -76,6 +76,11 @@ $(STAMP)-bench: $(STAMP)-native
 	@$(PIP) -q "peftkern[bench]"
 	@touch $@
 
+$(STAMP)-docs: $(STAMP)-native
+	@echo "== installing what the documentation needs"
+	@$(PIP) -q "peftkern[docs]"
+	@touch $@
+
 venv: $(STAMP)-torch ## create the virtual environment with torch
 
 build: $(STAMP)-native ## build the native module and install peftkern in place
@@ -114,6 +119,9 @@ report: $(STAMP)-bench ## one page of every results file, and the README's pictu
 FUZZ_MINUTES ?= 3
 fuzz: $(STAMP)-test ## random operations against the reference (FUZZ_MINUTES=3)
 	$(PY) -m bench.fuzz --minutes $(FUZZ_MINUTES) $(ARGS)
+
+docs: $(STAMP)-docs ## the documentation as a site, build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(ARGS)
 
 # Another Triton goes into a folder of its own, found before the one of the virtual environment.
 AOT_TRITON = $(if $(TRITON),build/triton-$(TRITON))
