@@ -113,8 +113,9 @@ bench: $(STAMP)-bench ## kernels against their peers and the hardware's floor
 bench-quick: $(STAMP)-bench ## the same on few shapes, under 5 minutes
 	$(BENCH) --bench-level=quick $(ARGS)
 
-report: $(STAMP)-bench ## one page of every results file, and the README's picture
-	$(PY) -m bench.card --output build/report.html --picture docs/measured.svg $(ARGS)
+report: $(STAMP)-bench ## one page of every results file, and the README's picture and table
+	$(PY) -m bench.card --output build/report.html --picture docs/measured.svg \
+	  --readme README.md $(ARGS)
 
 FUZZ_MINUTES ?= 3
 fuzz: $(STAMP)-test ## random operations against the reference (FUZZ_MINUTES=3)

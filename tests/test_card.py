@@ -16,6 +16,7 @@ from bench.card.__main__ import main
 from bench.card.page import crossovers, page
 from bench.card.picture import picture
 from bench.card.read import US, counts, newest, runs
+from bench.card.readme import BEGIN, END, written
 from bench.gpu import targets as gpu_targets
 
 RESULTS = Path(__file__).resolve().parent.parent / "bench" / "results"
@@ -119,3 +120,14 @@ def test_command_writes_both(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "A Processor" in svg.read_text()
     assert "1 run(s)" in capsys.readouterr().out
     assert picture([]).startswith("<svg")
+
+
+def test_table_of_the_readme(tmp_path: Path) -> None:
+    made = written(f"before\n{BEGIN}\nold\n{END}\nafter\n", runs([_cpu_file(tmp_path)]))
+    assert made.startswith("before\n")
+    assert made.endswith("\nafter\n")
+    assert "old" not in made
+    assert "Of 3 pairs 2 are faster here and 1 slower." in made
+    assert (
+        "| nf4_fwd-m512-4096x4096-bf16 | 4000.0 µs | bitsandbytes 2000.0 µs | **0.50x** |" in made
+    )

@@ -86,7 +86,9 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
 def test_every_page_is_in_the_site() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text()
     for page in (ROOT / "docs").rglob("*.md"):
-        assert f" {page.relative_to(ROOT / 'docs')}\n" in navigation, page
+        assert f" {page.relative_to(ROOT / 'docs')}\n" in navigation, (
+            f"{page.name}: add it to mkdocs.yml"
+        )
 
 
 def test_table_of_ops_is_current() -> None:

@@ -1,4 +1,4 @@
-"""``python -m bench.card [FILES] [--output PAGE] [--picture SVG]``."""
+"""``python -m bench.card [FILES] [--output PAGE] [--picture SVG] [--readme FILE]``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from bench.card.page import page
 from bench.card.picture import picture
 from bench.card.read import newest, runs
+from bench.card.readme import written
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("files", nargs="*", type=Path, help="default: all of bench/results")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "report.html")
     parser.add_argument("--picture", type=Path, help="also write the README's picture here")
+    parser.add_argument("--readme", type=Path, help="also write the table of this README")
     options = parser.parse_args(argv)
     files = options.files or sorted((ROOT / "bench" / "results").glob("*.json"))
     found = runs(files)
@@ -30,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.picture:
         options.picture.write_text(picture(newest(found)))
         print(f"wrote {options.picture}")
+    if options.readme:
+        options.readme.write_text(written(options.readme.read_text(), newest(found)))
+        print(f"wrote {options.readme}")
     return 0
 
 

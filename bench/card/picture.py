@@ -12,7 +12,11 @@ from bench.card.read import Run
 
 _TITLE, _GAP = 58, 24
 _ROWS = 10
-_PEERS = ("bitsandbytes", "hf-peft", "hf-peft+bitsandbytes", "liger", "unsloth")
+# Whoever computes the same; bounds such as the frozen layer alone are no peers.
+PEERS = (
+    *("bitsandbytes", "bitsandbytes-eval", "hf-peft", "hf-peft+bitsandbytes", "unsloth", "liger"),
+    *("dense", "eager", "torch", "torch-fused", "concatenated"),
+)
 
 
 def picture(runs: Sequence[Run]) -> str:
@@ -42,7 +46,7 @@ def _block(run: Run, y: float) -> tuple[str, float]:
         f"{escape(run.machine)}</text>"
         f'<text x="12" y="{y + 44:.0f}">{escape(run.date)}, commit {escape(run.commit)}; medians '
         f"of interleaved calls. Right: times faster than the peer; {len(rows)} of "
-        f"{len(against_peers(run, _PEERS))} pairs, evenly through their ranking.</text>"
+        f"{len(against_peers(run, PEERS))} pairs, evenly through their ranking.</text>"
     ]
     height = 0.0
     if curves:
@@ -71,8 +75,8 @@ def _block(run: Run, y: float) -> tuple[str, float]:
 
 
 def _selected(run: Run) -> list[tuple[str, str, float]]:
-    """Rows against other libraries, best first: all of them, or some evenly through the ranking."""
-    ranked = sorted(against_peers(run, _PEERS), key=lambda row: -row[2])
+    """Rows against peers, best first: all of them, or some evenly through the ranking."""
+    ranked = sorted(against_peers(run, PEERS), key=lambda row: -row[2])
     if len(ranked) <= _ROWS:
         return ranked
     # Ends included: neither the best row nor the worst is left out.
