@@ -16,7 +16,8 @@ pytest.importorskip("rich")
 from command_line import ROOT, cli, environment
 
 from peftkern.cli import make_app
-from peftkern.cli.info import collect, show, warnings_of
+from peftkern.cli.facts import collect, warnings_of
+from peftkern.cli.info import show
 
 
 def test_info_parses() -> None:

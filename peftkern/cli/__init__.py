@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Any
+
+from peftkern.cli import facts
 
 
 def make_app() -> Any:
@@ -63,8 +66,13 @@ def main() -> None:
     except ImportError as error:
         if error.name not in ("typer", "rich", "click"):
             raise
-        sys.exit(
+        need = (
             f"peftkern's command line needs {error.name}, which is not installed; "
             'run: pip install "peftkern[cli]"'
         )
+        if sys.argv[1:2] != ["info"]:
+            sys.exit(need)
+        sys.stdout.write(json.dumps(facts.collect(), indent=1) + "\n")  # without tables
+        sys.stderr.write(need + "\n")
+        return
     app()
