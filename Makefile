@@ -24,7 +24,7 @@ PYTEST := OMP_NUM_THREADS=$(THREADS) $(PY) -m pytest
 BENCH := $(PY) -m pytest bench --benchmark-only
 
 .PHONY: help venv build demo test test-fast lint format bench bench-quick report docs aot-report clean
-.PHONY: gpu gpu-test gpu-bench fuzz
+.PHONY: gpu gpu-test gpu-bench fuzz crash
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -118,8 +118,12 @@ report: $(STAMP)-bench ## one page of every results file, and the README's pictu
 	  --readme README.md $(ARGS)
 
 FUZZ_MINUTES ?= 3
-fuzz: $(STAMP)-test ## random operations against the reference (FUZZ_MINUTES=3)
+fuzz: $(STAMP)-test ## random operations and broken files (FUZZ_MINUTES=3)
 	$(PY) -m bench.fuzz --minutes $(FUZZ_MINUTES) $(ARGS)
+	$(PY) -m bench.fuzz_files --minutes $(FUZZ_MINUTES)
+
+crash: $(STAMP)-test ## kill paged training steps at random points
+	$(PY) -m bench.crash $(ARGS)
 
 docs: $(STAMP)-docs ## the documentation as a site, build/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(ARGS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import fuzz
+from bench import fuzz, fuzz_files
 from peftkern import functional, native
 
 
@@ -29,3 +29,10 @@ def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functional, "lora_linear", wrong)
     found, failed = fuzz.fuzz(1, 0.5)
     assert 0 < failed < found
+
+
+def test_broken_files_are_refused_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.set_num_threads(1)
+    done, found = fuzz_files.run(60.0, seed=3, every=29)
+    assert done > 600
+    assert found == 0, capsys.readouterr().out

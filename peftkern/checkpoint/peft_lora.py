@@ -381,6 +381,8 @@ def _loftq_fields(config: LoRAConfig) -> dict[str, int]:
 
 def _loftq(fields: dict[str, Any]) -> dict[str, int]:
     config = fields.get("loftq_config") or {}
+    if not isinstance(config, dict):
+        raise ValueError(f"loftq_config: got {config!r}, expected a map")
     return {key: value for key, value in config.items() if value is not None}
 
 

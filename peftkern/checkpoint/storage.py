@@ -178,12 +178,15 @@ class StoredTensors:
         self._table: dict[str, Any] = {}
         if text is not None:
             about = json.loads(text)
-            if about.get("version") != _VERSION:
+            version = about.get("version") if isinstance(about, dict) else None
+            if version != _VERSION:
                 raise ValueError(
-                    f"{self._path}: storage version {about.get('version')!r}, this library reads "
-                    f"{_VERSION}"
+                    f"{self._path}: storage version {version!r}, this library reads {_VERSION}"
                 )
-            self._table = about["tensors"]
+            table = about.get("tensors")
+            if not isinstance(table, dict):
+                raise ValueError(f"{self._path}: its table of tensors is {table!r}, expected a map")
+            self._table = table
         raw = list(self._file.keys())
         parts = {f"{key}:{p}" for key, row in self._table.items() for p in self._parts(key, row)}
         lost = sorted(parts - set(raw))
@@ -203,6 +206,13 @@ class StoredTensors:
     def _parts(self, key: str, row: Any) -> tuple[str, ...]:
         if not isinstance(row, dict) or row.get("encoding") not in _PARTS:
             raise ValueError(f"{self._path}: {key} is stored in an unknown way ({row!r})")
+        shape, dtype = row.get("shape"), row.get("dtype")
+        sizes = shape if isinstance(shape, list) else [None]
+        if not all(type(size) is int and 0 <= size < 2**48 for size in sizes):
+            raise ValueError(f"{self._path}: {key} has the shape {shape!r}, expected sizes")
+        gaps = row["encoding"] == "gaps"
+        if dtype not in (("int64",) if gaps else _FLOATS) or (gaps and len(sizes) != 1):
+            raise ValueError(f"{self._path}: {key} is {dtype!r} of shape {shape!r} as {row!r}")
         return _PARTS[row["encoding"]]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -225,7 +235,9 @@ class StoredTensors:
         shape, encoding = torch.Size(row["shape"]), row["encoding"]
         numel = math.prod(shape)
         if encoding == "gaps":
-            self._check(key, parts[0], _GAPS, numel)
+            self._check(key, parts[0].view(-1), _GAPS, numel)
+            if parts[0].ndim != 1:
+                raise ValueError(f"{self._path}: {key} is stored as {tuple(parts[0].shape)}")
             gaps = parts[0].to(torch.int64)
             if numel and int(gaps.min()) < 0:
                 raise ValueError(f"{self._path}: {key} holds positions that do not ascend")

@@ -87,7 +87,7 @@ def saved_by(names: Iterable[str], path: str) -> bool:
 
 
 def _below_saved(names: Iterable[str], path: str) -> bool:
-    return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in names)
+    return any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", path) for name in names)
 
 
 def excluded(config: AdapterConfig, path: str) -> str | None:
