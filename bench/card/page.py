@@ -9,7 +9,7 @@ from html import escape
 from bench.card import draw
 from bench.card.read import US, Cell, Run
 
-_LINEAR = r"(?:linear )?(\w+?)(?:_fwd-| )m(\d+)(?:[- ](\d+x\d+))?(?:-\w+)?"
+_LINEAR = r"(?:linear )?(\w+?)(?:_fwd)?[- ]m(\d+)(?:[- ](\d+x\d+))?(?:-\w+)?"
 
 
 def page(runs: Sequence[Run]) -> str:

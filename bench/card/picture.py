@@ -38,7 +38,7 @@ def picture(runs: Sequence[Run]) -> str:
 
 def _block(run: Run, y: float) -> tuple[str, float]:
     rows = _selected(run)
-    curves = [(title, series) for title, series in crossovers(run) if title.startswith("nf4")]
+    curves = [(title, series) for title, series in crossovers(run) if title.startswith("nf4 ")]
     if not rows:
         return "", 0.0
     parts = [
