@@ -17,6 +17,15 @@ sys.path.insert(0, str(ROOT))
 from bench.card.read import US, Run, newest, runs  # noqa: E402
 
 
+def on_config(config: Any) -> Any:
+    """Called by mkdocs once: pages that nobody has put into mkdocs.yml stand at the end."""
+    listed = (ROOT / "mkdocs.yml").read_text()
+    pages = sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+    if more := [page for page in pages if f" {page}\n" not in listed]:
+        config["nav"].append({"More": more})
+    return config
+
+
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by mkdocs for each page."""
     found = newest(runs(sorted((ROOT / "bench" / "results").glob("*.json"))))
