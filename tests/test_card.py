@@ -10,8 +10,6 @@ from xml.etree import ElementTree
 
 import pytest
 
-pytest.importorskip("pytest_benchmark")
-
 from bench.card.__main__ import main
 from bench.card.page import crossovers, page
 from bench.card.picture import picture

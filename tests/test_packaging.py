@@ -15,6 +15,7 @@ import peftkern as pk
 from peftkern import cli, native
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(pk.__file__).parent
 
 
 def test_version_has_one_place() -> None:
@@ -29,7 +30,7 @@ def test_types_are_shipped() -> None:
     shipped = setuptools["package-data"]["peftkern"]
     for name in ("py.typed", "_C.pyi"):
         assert name in shipped
-        assert (ROOT / "peftkern" / name).exists()
+        assert (PACKAGE / name).exists()
 
 
 @pytest.mark.native
@@ -37,7 +38,7 @@ def test_types_are_shipped() -> None:
 def test_stub_has_every_native_function() -> None:
     from peftkern import _C
 
-    tree = ast.parse((ROOT / "peftkern" / "_C.pyi").read_text())
+    tree = ast.parse((PACKAGE / "_C.pyi").read_text())
     typed = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
     present = {name for name in dir(_C) if not name.startswith("_")}
     assert typed == present, "run: python tools/native_stub.py"
