@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +12,18 @@ import torch
 from torch import Tensor
 
 from peftkern.ops.optimizer.reference import BLOCK
+
+ALIGN = 64
+_BUCKET = 32 << 20
+_SMALLEST_BUCKET = 64 << 10
+
+
+def bucket_size(ram_budget: int | None, device_budget: int | None) -> int:
+    """Bytes of a bucket where the user does not say: 32 MiB, less for small budgets."""
+    parts = [_BUCKET]
+    parts += [] if ram_budget is None else [ram_budget // 16]
+    parts += [] if device_budget is None else [device_budget // 8]
+    return max(_SMALLEST_BUCKET, min(parts) // 4096 * 4096)
 
 
 @dataclass(frozen=True)
@@ -28,6 +43,33 @@ class Plane:
     def of(self, bucket: Tensor) -> Tensor:
         """The tensor, a view of the bucket's bytes."""
         return bucket[self.offset : self.end].view(self.dtype)
+
+
+def planes_of(
+    states: int, eight_bit: bool, kept: torch.dtype | None, length: int, offset: int
+) -> tuple[Plane, ...]:
+    """The tensors of a run of ``length`` elements, from byte ``offset`` of a bucket on.
+
+    Args:
+        states: how many the rule has, one or two.
+        eight_bit: codes with an absmax a block, instead of fp32.
+        kept: dtype of the parameter where it is kept too.
+        length: elements.
+        offset: first byte, a multiple of 64.
+    """
+    wanted = []
+    for i in range(1, states + 1):
+        wanted.append((f"state{i}", torch.uint8 if eight_bit else torch.float32, length))
+        if eight_bit:
+            wanted.append((f"absmax{i}", torch.float32, -(-length // BLOCK)))
+    if kept is not None:
+        wanted.append(("param", kept, length))
+    planes = []
+    for name, dtype, count in wanted:
+        plane = Plane(name, offset, dtype, count)
+        offset = -(-plane.end // ALIGN) * ALIGN
+        planes.append(plane)
+    return tuple(planes)
 
 
 @dataclass(frozen=True)
@@ -71,6 +113,17 @@ class Share:
     rows: list[int]  # of each segment's parameter in the list of work
     index: Tensor  # the same, int64
     partial: list[tuple[int, Segment]]  # those that are not a whole parameter, with their place
+
+
+def layout_hash(
+    about: tuple[Any, ...], parameters: Sequence[Tensor], segments: Mapping[int, list[Segment]]
+) -> str:
+    """SHA-256 over the rule, what is stored, and the places of all runs: what a commit is for."""
+    facts = [
+        (i, str(parameters[i].dtype), [(s.start, s.length, s.bucket) for s in runs])
+        for i, runs in sorted(segments.items())
+    ]
+    return hashlib.sha256(json.dumps([*about, facts]).encode()).hexdigest()
 
 
 def copy_segment(

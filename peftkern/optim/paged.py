@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,16 +13,21 @@ from peftkern.ops.optimizer.reference import BLOCK
 from peftkern.optim import interchange
 from peftkern.optim.base import BlockOptimizer, Params, Work
 from peftkern.optim.files import Disk, PagingError, Record, default_disk, newest_record
-from peftkern.optim.layout import Plane, Segment, Share, copy_segment
+from peftkern.optim.layout import (
+    ALIGN,
+    Plane,
+    Segment,
+    Share,
+    bucket_size,
+    copy_segment,
+    layout_hash,
+    planes_of,
+)
 from peftkern.optim.link import CudaLink, Link
 from peftkern.optim.paged_plan import Held, PagedPlanner, Piece
 from peftkern.optim.pager import Pager
 from peftkern.optim.planned import Planner, steps_of
 from peftkern.optim.tier import DeviceTier
-
-_ALIGN = 64
-_BUCKET = 32 << 20
-_SMALLEST_BUCKET = 64 << 10
 
 
 class PagedOptimizer(BlockOptimizer):
@@ -90,21 +93,13 @@ class PagedOptimizer(BlockOptimizer):
             raise ValueError("page_dir: got None, expected a directory for what survives a crash")
         if commit_every < 1:
             raise ValueError(f"commit_every: got {commit_every}, expected at least 1")
-        if ram_budget is not None and ram_budget < 1:
-            raise ValueError(f"ram_budget: got {ram_budget}, expected bytes or None")
-        if device_budget is not None and device_budget < 1:
-            raise ValueError(f"device_budget: got {device_budget}, expected bytes or None")
+        for name, budget in (("ram_budget", ram_budget), ("device_budget", device_budget)):
+            if budget is not None and budget < 1:
+                raise ValueError(f"{name}: got {budget}, expected bytes or None")
         directory = None if page_dir is None else Path(page_dir)
         if bucket_bytes is None:
-            bucket_bytes = _BUCKET
-            record = newest_record(directory)[1] if directory is not None else None
-            if record is not None:
-                bucket_bytes = record.bucket_bytes
-            else:
-                parts = [_BUCKET]
-                parts += [] if ram_budget is None else [ram_budget // 16]
-                parts += [] if device_budget is None else [device_budget // 8]
-                bucket_bytes = max(_SMALLEST_BUCKET, min(parts) // 4096 * 4096)
+            found = None if directory is None else newest_record(directory)[1]
+            bucket_bytes = found.bucket_bytes if found else bucket_size(ram_budget, device_budget)
         if bucket_bytes < 4096:
             raise ValueError(f"bucket_bytes: got {bucket_bytes}, expected at least 4096")
         self._bucket_bytes, self._keep = bucket_bytes, keep_parameters
@@ -154,20 +149,9 @@ class PagedOptimizer(BlockOptimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _planes(self, parameter: Tensor, length: int, offset: int) -> tuple[Plane, ...]:
-        eight = self._eight_bit(parameter)
-        planes = []
-        for i in (1, 2) if self._options.rule == "adamw" else (1,):
-            planes.append((f"state{i}", torch.uint8 if eight else torch.float32, length))
-            if eight:
-                planes.append((f"absmax{i}", torch.float32, -(-length // BLOCK)))
-        if self._keep:
-            planes.append(("param", parameter.dtype, length))
-        result = []
-        for name, dtype, count in planes:
-            plane = Plane(name, offset, dtype, count)
-            offset = -(-plane.end // _ALIGN) * _ALIGN
-            result.append(plane)
-        return tuple(result)
+        states = 2 if self._options.rule == "adamw" else 1
+        kept = parameter.dtype if self._keep else None
+        return planes_of(states, self._eight_bit(parameter), kept, length, offset)
 
     def _lay_out(self, indices: list[int]) -> None:
         """Give parameters their places: in order, cut at bucket ends, in multiples of 256."""
@@ -187,7 +171,7 @@ class PagedOptimizer(BlockOptimizer):
             start, numel = 0, parameter.numel()
             per_block = self._planes(parameter, BLOCK, 0)[-1].end
             while start < numel:
-                room = self._bucket_bytes - used - 6 * _ALIGN
+                room = self._bucket_bytes - used - 6 * ALIGN
                 length = min(numel - start, max(0, room) // per_block * BLOCK)
                 if length == 0:
                     self._by_bucket.append([])
@@ -199,7 +183,7 @@ class PagedOptimizer(BlockOptimizer):
                 segment = Segment(index, start, length, bucket, planes)
                 segments.append(segment)
                 self._by_bucket[-1].append(segment)
-                used = sizes[-1] = -(-planes[-1].end // _ALIGN) * _ALIGN
+                used = sizes[-1] = -(-planes[-1].end // ALIGN) * ALIGN
                 start += length
         if sizes:
             self.store.extend(sizes)
@@ -226,15 +210,9 @@ class PagedOptimizer(BlockOptimizer):
             self._lay_out(missing)
 
     def _fingerprint(self) -> str:
-        if self._layout_hash:
-            return self._layout_hash
-        parameters = self._parameters()
-        facts = [
-            (i, str(parameters[i].dtype), [(s.start, s.length, s.bucket) for s in segments])
-            for i, segments in sorted(self._segments.items())
-        ]
-        text = json.dumps([self._options.rule, self._options.bits, self._keep, facts])
-        self._layout_hash = hashlib.sha256(text.encode()).hexdigest()
+        if not self._layout_hash:
+            about = (self._options.rule, self._options.bits, self._keep)
+            self._layout_hash = layout_hash(about, self._parameters(), self._segments)
         return self._layout_hash
 
     # -- commits ----------------------------------------------------------------------------------
