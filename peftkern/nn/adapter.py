@@ -32,12 +32,15 @@ TORCH = "computed by torch"
 class AdapterLayer(nn.Module):
     """Bookkeeping of named adapters; subclasses hold their tensors in ``_adapter_containers``.
 
+    Plain facts about an adapter stand in dicts that ``_adapter_tables`` names.
+
     A subclass over a frozen linear layer keeps it as ``base_layer`` and sets ``on_linear``. One
     whose adapters can become part of the base overrides :meth:`merge` and :meth:`unmerge`. One
     that obeys :meth:`row_choice` sets ``serves_rows``.
     """
 
     _adapter_containers: tuple[str, ...] = ()
+    _adapter_tables: tuple[str, ...] = ()  # dicts by adapter name
     on_linear = False
     serves_rows = False
     _rows: AdapterRows | None = None
@@ -78,7 +81,15 @@ class AdapterLayer(nn.Module):
         Args:
             names: one name or several (their contributions add up).
             trainable: whether the active adapters require gradients.
+
+        Raises:
+            RuntimeError: adapters are merged into the base.
         """
+        if self.merged:
+            raise RuntimeError(
+                f"adapters {', '.join(self.merged_adapters)} are merged into the base; unmerge "
+                "before activating others"
+            )
         chosen = [names] if isinstance(names, str) else list(names)
         self._active_adapter = chosen
         for name in self.adapter_names:
@@ -86,12 +97,20 @@ class AdapterLayer(nn.Module):
                 module.requires_grad_(trainable and name in chosen)
 
     def delete_adapter(self, name: str) -> None:
-        """Remove an adapter and its tensors; unknown names are ignored."""
+        """Remove an adapter and its tensors; unknown names are ignored.
+
+        Raises:
+            RuntimeError: it is merged into the base.
+        """
+        if name in self.merged_adapters:
+            raise RuntimeError(f"adapter {name!r} is merged into the base; unmerge first")
         for container in self._adapter_containers:
             modules = getattr(self, container)
             if name in modules:
                 del modules[name]
         self._active_adapter = [active for active in self._active_adapter if active != name]
+        for table in self._adapter_tables:
+            getattr(self, table).pop(name, None)
 
     def check(self, names: list[str]) -> None:
         """Refuse names that cannot be active together here; every combination is fine by default.

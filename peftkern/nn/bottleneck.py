@@ -224,6 +224,7 @@ class BottleneckLayer(AdapterLayer):
     """
 
     _adapter_containers = ("adapters",)
+    _adapter_tables = ("placement",)
 
     def __init__(self, width: int, norm: nn.Module | None = None, replaces: bool = True) -> None:
         super().__init__()
@@ -267,11 +268,6 @@ class BottleneckLayer(AdapterLayer):
             original_ln_before, original_ln_after, residual_before_ln
         )
         self.set_adapter(adapter_name)
-
-    def delete_adapter(self, name: str) -> None:
-        """Remove an adapter and its tensors; unknown names are ignored."""
-        super().delete_adapter(name)
-        self.placement.pop(name, None)
 
     def check(self, names: list[str]) -> None:
         """Refuse several active adapters of which one does more than add to the sub-layer.

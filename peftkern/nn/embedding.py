@@ -42,6 +42,7 @@ class LoRAEmbedding(AdapterLayer):
     """
 
     _adapter_containers = ("lora_embedding_A", "lora_embedding_B")
+    _adapter_tables = ("r", "lora_alpha", "use_rslora", "scaling")
     serves_rows = True
 
     def __init__(
@@ -113,24 +114,6 @@ class LoRAEmbedding(AdapterLayer):
         self.use_rslora[adapter_name] = bool(use_rslora)
         self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if use_rslora else r)
         self.set_adapter(adapter_name)
-
-    def delete_adapter(self, name: str) -> None:
-        """Remove an adapter and its tensors; unknown names are ignored.
-
-        Raises:
-            RuntimeError: it is merged into the base.
-        """
-        if name in self.merged_adapters:
-            raise RuntimeError(f"adapter {name!r} is merged into the base; unmerge first")
-        super().delete_adapter(name)
-        tables: tuple[dict[str, Any], ...] = (
-            self.r,
-            self.lora_alpha,
-            self.use_rslora,
-            self.scaling,
-        )
-        for table in tables:
-            table.pop(name, None)
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A [r, vocabulary] and B [width, r] of one adapter."""

@@ -104,16 +104,6 @@ class IA3Linear(AdapterLayer):
         self.ia3_l[adapter_name] = nn.Parameter(factor.to(device=device, dtype=kind))
         self.set_adapter(adapter_name)
 
-    def delete_adapter(self, name: str) -> None:
-        """Remove an adapter and its factors; unknown names are ignored.
-
-        Raises:
-            RuntimeError: it is merged into the base.
-        """
-        if name in self.merged_adapters:
-            raise RuntimeError(f"adapter {name!r} is merged into the base; unmerge first")
-        super().delete_adapter(name)
-
     @property
     def in_features(self) -> int:
         """Width of the input."""

@@ -74,6 +74,16 @@ class LoRALinear(AdapterLayer):
     """
 
     _adapter_containers = ("lora_A", "lora_B", "lora_magnitude_vector")
+    _adapter_tables = (
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "use_rslora",
+        "use_dora",
+        "lora_bias",
+        "scaling",
+        "taken",
+    )
     on_linear = True
     serves_rows = True
     shared: SharedInput | None = None  # with the layers that compute together with this one
@@ -224,41 +234,6 @@ class LoRALinear(AdapterLayer):
             held = Magnitude(norm.to(dtype)).train(self.training)
             self.lora_magnitude_vector[name] = held
         self.set_adapter(name)
-
-    def delete_adapter(self, name: str) -> None:
-        """Remove an adapter and its tensors; unknown names are ignored.
-
-        Raises:
-            RuntimeError: it is merged into the base.
-        """
-        if name in self.merged_adapters:
-            raise RuntimeError(f"adapter {name!r} is merged into the base; unmerge first")
-        super().delete_adapter(name)
-        tables: tuple[dict[str, Any], ...] = (
-            self.r,
-            self.lora_alpha,
-            self.lora_dropout,
-            self.use_rslora,
-            self.use_dora,
-            self.lora_bias,
-            self.scaling,
-            self.taken,
-        )
-        for table in tables:
-            table.pop(name, None)
-
-    def set_adapter(self, names: Any, trainable: bool = True) -> None:
-        """Make exactly these adapters active; see :class:`AdapterLayer`.
-
-        Raises:
-            RuntimeError: adapters are merged into the base.
-        """
-        if self.merged:
-            raise RuntimeError(
-                f"adapters {', '.join(self.merged_adapters)} are merged into the base; unmerge "
-                "before activating others"
-            )
-        super().set_adapter(names, trainable)
 
     @property
     def weight(self) -> Tensor:

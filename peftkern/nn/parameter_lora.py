@@ -51,6 +51,7 @@ class LoRAParameters(AdapterLayer):
     """
 
     _adapter_containers = ("lora_A", "lora_B")
+    _adapter_tables = ("r", "lora_alpha", "scaling", "use_rslora")
 
     def __init__(
         self,
@@ -135,24 +136,6 @@ class LoRAParameters(AdapterLayer):
             n: alphas[n] / (math.sqrt(ranks[n]) if use_rslora else ranks[n]) for n in ranks
         }
         self.set_adapter(adapter_name)
-
-    def delete_adapter(self, name: str) -> None:
-        """Remove an adapter and its tensors; unknown names are ignored.
-
-        Raises:
-            RuntimeError: it is merged into the base.
-        """
-        if name in self.merged_adapters:
-            raise RuntimeError(f"adapter {name!r} is merged into the base; unmerge first")
-        super().delete_adapter(name)
-        tables: tuple[dict[str, Any], ...] = (
-            self.r,
-            self.lora_alpha,
-            self.scaling,
-            self.use_rslora,
-        )
-        for table in tables:
-            table.pop(name, None)
 
     def shape(self, parameter: str) -> tuple[int, int, int]:
         """(experts, out, in) of a parameter.

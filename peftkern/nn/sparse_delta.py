@@ -120,29 +120,6 @@ class SparseDeltaLinear(AdapterLayer):
         self.sparse_delta[adapter_name] = entries.train(self.training)
         self.set_adapter(adapter_name)
 
-    def delete_adapter(self, name: str) -> None:
-        """Remove an adapter and its tensors; unknown names are ignored.
-
-        Raises:
-            RuntimeError: it is merged into the base.
-        """
-        if name in self.merged_adapters:
-            raise RuntimeError(f"adapter {name!r} is merged into the base; unmerge first")
-        super().delete_adapter(name)
-
-    def set_adapter(self, names: Any, trainable: bool = True) -> None:
-        """Make exactly these adapters active; see :class:`AdapterLayer`.
-
-        Raises:
-            RuntimeError: adapters are merged into the base.
-        """
-        if self.merged:
-            raise RuntimeError(
-                f"adapters {', '.join(self.merged_adapters)} are merged into the base; unmerge "
-                "before activating others"
-            )
-        super().set_adapter(names, trainable)
-
     @property
     def weight(self) -> Tensor:
         """The base layer's weight."""

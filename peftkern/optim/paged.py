@@ -103,10 +103,9 @@ class PagedOptimizer(BlockOptimizer):
         if bucket_bytes < 4096:
             raise ValueError(f"bucket_bytes: got {bucket_bytes}, expected at least 4096")
         self._bucket_bytes, self._keep = bucket_bytes, keep_parameters
-        self._commit_every, self._runs = commit_every, 0
+        self._commit_every, self._runs, self._layout_hash = commit_every, 0, ""
         self._segments: dict[int, list[Segment]] = {}  # by index of the parameter
         self._by_bucket: list[list[Segment]] = []
-        self._layout_hash = ""
         self._plan: tuple[list[int], list[Share]] = ([], [])  # by indices of the work
         self._views: dict[int, tuple[int, dict[str, list[Tensor]]]] = {}  # of buckets that stay
         self._settled: tuple[int, list[int], Held] | None = None

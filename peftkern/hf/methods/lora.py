@@ -176,6 +176,16 @@ def _plan_linear(planning: Planning, choice: Choice, config: LoRAConfig) -> None
         step.wrap = partial(LoRALinear, **arguments)
 
 
+def _for_linear_layers(config: LoRAConfig) -> dict[str, bool]:
+    """Options that need a linear layer, and whether they are given."""
+    start = config.init_lora_weights
+    return {
+        "use_dora": config.use_dora,
+        "lora_bias": config.lora_bias,
+        f"init_lora_weights={start!r}": start not in (True, False, "gaussian"),
+    }
+
+
 def _plan_parameters(planning: Planning, config: LoRAConfig) -> list[Site]:
     """The same at the modules that hold target_parameters; gives the stacks of experts."""
     wanted = config.target_parameters or ()
@@ -208,17 +218,11 @@ def _plan_parameter_site(
 ) -> None:
     step = planning.step(site.module)
     step.asked = True
-    unlike = {
-        "lora_dropout": bool(config.lora_dropout),
-        "use_dora": config.use_dora,
-        "lora_bias": config.lora_bias,
-        f"init_lora_weights={config.init_lora_weights!r}": config.init_lora_weights
-        not in (True, False, "gaussian"),
-    }
-    for option, given in unlike.items():
-        if given:
-            step.refuse(f"{option} is for linear layers, these are bare parameters")
-            return
+    unlike = _for_linear_layers(config) | {"lora_dropout": bool(config.lora_dropout)}
+    if any(unlike.values()):
+        option = next(option for option, given in unlike.items() if given)
+        step.refuse(f"{option} is for linear layers, these are bare parameters")
+        return
     why = excluded(config, site.name)
     if why is not None or step.copy:
         step.reasons.append(why or "")
@@ -274,13 +278,7 @@ def _plan_embedding(planning: Planning, choice: Choice, config: LoRAConfig) -> N
     if step is None:
         return
     module = step.site.module
-    unlike = {
-        "use_dora": config.use_dora,
-        "lora_bias": config.lora_bias,
-        f"init_lora_weights={config.init_lora_weights!r}": config.init_lora_weights
-        not in (True, False, "gaussian"),
-    }
-    for option, given in unlike.items():
+    for option, given in _for_linear_layers(config).items():
         if given:
             step.refuse(f"{option} is for linear layers, this is an embedding")
             return
