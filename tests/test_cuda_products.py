@@ -265,9 +265,12 @@ def test_the_ways_are_chosen_by_what_kernels_take() -> None:
 
 MISTAKES = (
     ("linear_wgmma", "fence_async();", "", None),
-    ("linear_wgmma", "if (read != nullptr && lane == 0)", "if (lane == 0)", None),
+    ("linear_wgmma", "if (!first)", "if (true)", None),
+    ("linear_wgmma", "barrier_wait(&barriers->empty[slot], parity);", "", None),
     ("linear_wgmma", "product_wait<1>();", "product_wait<2>();", None),
-    ("wgmma_steps", "barrier_wait(&barriers->empty[slot], parity ^ 1);", "", None),
+    ("linear_wgmma", "barrier_wait(&barriers->empty[slot], ring.parity ^ 1);", "", None),
+    ("linear_wgmma", "barrier_wait(&stored[i], parity);", "", None),
+    ("linear_wgmma", "barrier_wait(&taken[i], parity ^ 1);", "", None),
     ("wgmma_steps", "P::kXTile + (copies_weight", "(copies_weight", None),
     ("wgmma_steps", "map, k, n + 64, full", "map, k, n, full", 5),
     ("decode_tile", "exchange) << 4", "0) << 4", None),

@@ -115,6 +115,7 @@ def test_resident_state_waits_for_nothing_and_can_be_captured() -> None:
 
 # The refusal leaves a capture without a kernel, of which torch warns.
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_graphs_of_passing_state_are_refused() -> None:
     params = _parameters()
     optimizer = optim.PagedAdamW(params, bucket_bytes=1 << 20, device_budget=4 << 20)

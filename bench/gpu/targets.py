@@ -132,6 +132,8 @@ TARGETS = (
            ratio("prefix p64 l2048", "peftkern", "causal")),
     Target("QLoRA step, Llama-3-8B shape, faster than HF PEFT + bitsandbytes", 1.5, True,
            speedup("qlora step", "hf-peft")),
+    Target("QLoRA step, 4 sequences at a time, faster than the same", 1.5, True,
+           speedup("qlora step, 4 sequences", "hf-peft")),
     Target("QLoRA step, peak memory over HF PEFT + bitsandbytes", 0.6, False,
            _field("qlora step", "peak_bytes")),
 )  # fmt: skip

@@ -3,13 +3,15 @@
 //
 // A block keeps [64, 128 or 256 rows of x] x [128 outputs] in the registers of one or two
 // warpgroups and goes through the depth in steps of 64 with a ring of stages in shared memory. For
-// 4 and 8 bits two more warpgroups take turns, a step each: one thread asks the copy engine for x
-// and the stored weights of a later step, all of them turn the weights of this one into the 16-bit
-// tile (decode_tile.cuh). For dense weights one more warp asks for both tiles.
+// 4 and 8 bits two to four more warpgroups take turns, a step each: they turn the stored weights,
+// for which one thread has asked the copy engine steps ago, into the 16-bit tile
+// (decode_tile.cuh). Of those that multiply one thread asks for x, as soon as a stage is free. For
+// dense weights one more warp asks for both tiles. (With x and stored weights asked for together by
+// those who decode, an H100 waited for them half of the time: 1.39 us a step of 256 rows, where the
+// product takes 0.6; now 0.95.)
 //
-// Each stage has three barriers: `stored` (the weights have come), `full` (everything is there) and
-// `empty` (the products have read it). Blocks are persistent and walk the tiles in bands of rows,
-// so that blocks at work together share weights and rows in L2.
+// Blocks are persistent and walk the tiles in bands of rows, so that blocks at work together share
+// weights and rows in L2.
 //
 // Depth too long for too few tiles is cut into parts; the parts end in a workspace and are added in
 // order by a second kernel. Everything about the order of sums follows from (M, N, K) alone.
@@ -25,23 +27,23 @@ __device__ __forceinline__ void copy_stages(const Args& a, Barriers* barriers,
                                             unsigned char* stages) {
     Ring<P::kStages> ring;
     for (Steps at(a, kRows); at.left(); at.advance(a, kRows, 1)) {
-        copy_step<P, kDense, kAcross>(a, barriers, stages, at, ring.slot, ring.parity);
+        barrier_wait(&barriers->empty[ring.slot], ring.parity ^ 1);
+        copy_step<P, kDense, kAcross>(a, &barriers->full[ring.slot], stages + ring.slot * P::kStage,
+                                      at);
         ring.advance();
     }
 }
 
 // --- the warpgroups that decode ---------------------------------------------------------------
-constexpr int kFetched = 2; // steps whose statistics are fetched together, as many before their use
-
 // A statistic as it is stored, on its way.
 struct RawScale {
     float plain; // or the nested absmax
     uint32_t code;
 };
 
-// Warpgroup `turn` takes every second step. Its thread t makes bytes 128 t .. 128 t + 127 of the
-// tile: the 64 weights of output t at this step of the depth, or (kAcross) 64 outputs, the first or
-// the second half, of row t % 64 of the depth.
+// Warpgroup `turn` takes every second (third, fourth) step. Its thread t makes bytes 128 t .. 128 t
+// + 127 of the tile: the 64 weights of output t at this step of the depth, or (kAcross) 64 outputs,
+// the first or the second half, of row t % 64 of the depth.
 template <class P, int kFormat, int kRows, bool kAcross, int kDtype, bool kNested>
 __device__ __forceinline__ void decode_stages(const Args& a, Barriers* barriers,
                                               unsigned char* stages, const float* map, int turn,
@@ -58,8 +60,11 @@ __device__ __forceinline__ void decode_stages(const Args& a, Barriers* barriers,
     int row = kAcross ? t % 64 : t;
     int first_chunk = kAcross ? t / 64 * (kRunBytes / 16) : 0;
     int exchange = row * kRowBytes >> 7 & (kRowBytes / 16 - 1);
-    const unsigned char* source = stages + P::kXTile + kWeightTile + row * kRowBytes;
+    unsigned char* tiles = stages + P::kStages * P::kStage + turn * P::kAhead * P::kStoredTile;
+    const unsigned char* source = tiles + row * kRowBytes;
     unsigned char* target = stages + P::kXTile + t * 128;
+    uint64_t* stored = barriers->stored + turn * P::kAhead;
+    uint64_t* taken = barriers->taken + turn * P::kAhead;
 
     auto fetch = [&](const Steps& at) {
         RawScale raw = {0.0f, 0};
@@ -79,78 +84,70 @@ __device__ __forceinline__ void decode_stages(const Args& a, Barriers* barriers,
         return raw;
     };
 
-    // Where this warpgroup decodes, where it copies, and where it fetches statistics.
-    Steps at(a, kRows), copied(a, kRows), fetched(a, kRows);
-    Ring<P::kStages> ring, copy_ring;
-    if (at.left() && turn == 1) {
-        at.advance(a, kRows, 1);
-        copied.advance(a, kRows, 1);
-        fetched.advance(a, kRows, 1);
-        ring.advance();
-        copy_ring.advance();
+    // Where this warpgroup decodes, and what it asks for, kAhead of its own steps before.
+    Steps at(a, kRows), asked(a, kRows);
+    Ring<P::kStages> ring;
+    if (at.left()) {
+        at.advance(a, kRows, turn);
+        asked.advance(a, kRows, turn);
+        ring.advance(turn);
     }
-    auto copy_next = [&]() { // by thread 0
-        if (!copied.left())
-            return;
-        copy_step<P, kFormat, kAcross>(a, barriers, stages, copied, copy_ring.slot,
-                                       copy_ring.parity);
-        copied.advance(a, kRows, kTurns);
-        copy_ring.advance(kTurns);
-    };
-    StoredRun<kFormat == kFourBit> run;
-    auto load = [&]() {
-        if (!at.left())
-            return;
-        barrier_wait(&barriers->stored[ring.slot], ring.parity);
-        if (at.step >= a.rank_steps) // else the copy engine brings v
-            run.load(source + ring.slot * P::kStage, first_chunk, exchange);
-    };
-    auto fetch_next = [&]() {
-        RawScale raw = fetch(fetched);
-        if (fetched.left())
-            fetched.advance(a, kRows, kTurns);
+    uint32_t parity = 0; // of the ring of stored tiles, where `at` is
+    // Stored weights, by thread 0, and a statistic. Place `i` has been taken.
+    auto ask = [&](int i, uint32_t parity) {
+        RawScale raw = fetch(asked);
+        if (asked.left()) {
+            if (t == 0) {
+                barrier_wait(&taken[i], parity ^ 1);
+                copy_stored<P, kFormat, kAcross>(a, &stored[i], tiles + i * P::kStoredTile, asked);
+            }
+            asked.advance(a, kRows, P::kTurns);
+        }
         return raw;
     };
-    if (t == 0)
-        for (int i = 0; i < P::kAhead; ++i)
-            copy_next();
-    __syncwarp();
-    RawScale now[kFetched], later[kFetched];
+    StoredRun<kFormat == kFourBit> run;
+    auto load = [&](int i, uint32_t parity) {
+        if (!at.left())
+            return;
+        barrier_wait(&stored[i], parity);
+        if (at.step >= a.rank_steps) // else the copy engine brings v
+            run.load(source + i * P::kStoredTile, first_chunk, exchange);
+        __syncwarp();
+        if (t % 32 == 0)
+            barrier_arrive(&taken[i]);
+    };
+    RawScale raw[P::kAhead];
 #pragma unroll
-    for (int i = 0; i < kFetched; ++i)
-        now[i] = fetch_next();
-    load();
+    for (int i = 0; i < P::kAhead; ++i)
+        raw[i] = ask(i, 0);
+    __syncwarp();
+    load(0, 0);
     while (at.left()) {
 #pragma unroll
-        for (int i = 0; i < kFetched; ++i)
-            later[i] = fetch_next();
-#pragma unroll
-        for (int i = 0; i < kFetched; ++i) {
+        for (int i = 0; i < P::kAhead; ++i) {
             if (!at.left())
                 break;
             int slot = ring.slot;
             bool decodes = at.step >= a.rank_steps;
-            if (decodes) {
-                float scale =
-                    kNested ? nested_sum(map[now[i].code], now[i].plain, offset) : now[i].plain;
+            float scale =
+                kNested ? nested_sum(map[raw[i].code], raw[i].plain, offset) : raw[i].plain;
+            // Long before the fence, which waits for whatever is under way.
+            raw[i] = ask(i, parity ^ 1);
+            barrier_wait(&barriers->empty[slot], ring.parity ^ 1);
+            if (decodes)
                 run.template decode<kDtype>(codes, scale, target + slot * P::kStage, t & 7);
-            }
-            // While the stores are on their way: the next copy, and the next run.
-            if (t == 0)
-                copy_next();
-            __syncwarp();
-            ring.advance(kTurns);
-            at.advance(a, kRows, kTurns);
-            load();
+            // While the stores are on their way: the next run.
+            ring.advance(P::kTurns);
+            at.advance(a, kRows, P::kTurns);
+            bool around = i == P::kAhead - 1;
+            parity ^= around;
+            load(around ? 0 : i + 1, parity);
             if (decodes)
                 fence_async();
             __syncwarp();
             if (t % 32 == 0)
                 barrier_arrive(&barriers->full[slot]);
         }
-#pragma unroll
-        for (int i = 0; i < kFetched; ++i)
-            now[i] = later[i];
     }
 }
 
@@ -160,17 +157,37 @@ struct Type {
     static constexpr int value = kValue;
 };
 
-template <class P, int kRows, bool kAcross, int kDtype>
+template <class P, int kFormat, int kRows, bool kAcross, int kDtype>
 __device__ __forceinline__ void multiply_stages(const Args& a, Barriers* barriers,
-                                                const unsigned char* stages, int tid) {
+                                                unsigned char* stages, int tid) {
     constexpr int kSubs = P::kSubs;
     int group = tid / 128, warp = tid / 32 % 4, lane = tid % 32;
     Ring<P::kStages> ring;
+    Steps copied(a, kRows);
+    // Whoever frees a stage asks for what comes into it: nobody could be sooner.
+    auto copy_into = [&](int slot) { // by thread 0
+        copy_step<P, kFormat, kAcross>(a, &barriers->full[slot], stages + slot * P::kStage, copied);
+        copied.advance(a, kRows, 1);
+    };
+    if (P::kDecodes && tid == 0)
+        for (int slot = 0; slot < P::kStages && copied.left(); ++slot)
+            copy_into(slot);
+    __syncwarp();
+    auto freed = [&](int slot, uint32_t parity) {
+        __syncwarp();
+        if (lane == 0)
+            barrier_arrive(&barriers->empty[slot]);
+        if (P::kDecodes && tid == 0 && copied.left()) {
+            barrier_wait(&barriers->empty[slot], parity);
+            copy_into(slot);
+        }
+        __syncwarp();
+    };
     int tiles = a.tiles_m * a.tiles_n * a.parts;
     for (int index = (int)blockIdx.x; index < tiles; index += (int)gridDim.x) {
         Tile tile = tile_at(a, index, kRows);
         float acc[kSubs][64];
-        uint64_t* read = nullptr; // by the products under way before these
+        Ring<P::kStages> read; // by the products under way before these
         auto one_step = [&](auto type, bool first) {
             constexpr int kType = decltype(type)::value;
             barrier_wait(&barriers->full[ring.slot], ring.parity);
@@ -192,10 +209,9 @@ __device__ __forceinline__ void multiply_stages(const Args& a, Barriers* barrier
             }
             product_commit();
             product_wait<1>();
-            __syncwarp();
-            if (read != nullptr && lane == 0)
-                barrier_arrive(read);
-            read = &barriers->empty[ring.slot];
+            if (!first)
+                freed(read.slot, read.parity);
+            read = ring;
             ring.advance();
         };
         int step = tile.begin;
@@ -208,9 +224,7 @@ __device__ __forceinline__ void multiply_stages(const Args& a, Barriers* barrier
 #pragma unroll
         for (int s = 0; s < kSubs; ++s)
             product_touch(acc[s]);
-        __syncwarp();
-        if (lane == 0)
-            barrier_arrive(read);
+        freed(read.slot, read.parity);
 #pragma unroll
         for (int s = 0; s < kSubs; ++s)
             write_rows<kDtype>(a, tile, tile.m + (kSubs * group + s) * 64 + 16 * warp, acc[s],
@@ -234,7 +248,10 @@ __global__ void __launch_bounds__(Plan<kFormat, kRows>::kThreads, 1)
         for (int i = 0; i < P::kStages; ++i) {
             barrier_init(&barriers->full[i], 1 + (P::kDecodes ? 4 : 0)); // decoding warps
             barrier_init(&barriers->empty[i], P::kMultiply / 32);
+        }
+        for (int i = 0; i < P::kTurns * P::kAhead; ++i) {
             barrier_init(&barriers->stored[i], 1);
+            barrier_init(&barriers->taken[i], 4); // the warps of a warpgroup
         }
         barrier_init_done();
     }
@@ -243,12 +260,11 @@ __global__ void __launch_bounds__(Plan<kFormat, kRows>::kThreads, 1)
     __syncthreads();
 
     if (tid < P::kMultiply) {
-        if constexpr (P::kMoveRegisters)
-            more_registers<kMultiplyRegisters>();
-        multiply_stages<P, kRows, kAcross, kDtype>(a, barriers, stages, tid);
+        if constexpr (P::kDecodes)
+            more_registers<P::kMultiplyRegisters>();
+        multiply_stages<P, kFormat, kRows, kAcross, kDtype>(a, barriers, stages, tid);
     } else if constexpr (P::kDecodes) {
-        if constexpr (P::kMoveRegisters)
-            fewer_registers<kDecodeRegisters>();
+        fewer_registers<P::kDecodeRegisters>();
         decode_stages<P, kFormat, kRows, kAcross, kDtype, kNested>(
             a, barriers, stages, map, (tid - P::kMultiply) / 128, tid % 128);
     } else if (tid == P::kMultiply) {
@@ -263,13 +279,14 @@ struct Cut {
     int parts;
 };
 
-// The cheapest cut by a model in clocks: what a step of a tile takes on an H100, decoding included,
-// a tile another 2500 to fill the ring and to write, and parts a second launch and 4 bytes written
-// and read for each output at 20 bytes a clock and multiprocessor.
+// The cheapest cut by a model in clocks: what a step of a tile takes on an H100, decoding included
+// (measured with one tile a block, 64 to 256 rows), a tile another 2500 to fill the ring and to
+// write, and parts a second launch and 4 bytes written and read for each output at 20 bytes a clock
+// and multiprocessor.
 double step_clocks(int rows, int format) {
-    return format == kDense     ? 5.2 * rows
-           : format == kFourBit ? 1250.0 + 4.5 * rows
-                                : 1450.0 + 5.4 * rows;
+    return format == kDense     ? 5.7 * rows
+           : format == kFourBit ? 830.0 + 3.3 * rows
+                                : 880.0 + 3.5 * rows;
 }
 
 Cut cut_of(int64_t m, int64_t outputs, int64_t depth, int format) {

@@ -225,6 +225,10 @@ __global__ void __launch_bounds__(32 * kWarps, 1) outer_kernel(OuterArgs a) {
     cp_async_wait<0>();
     float* partial = (float*)memory;
     constexpr int kAcross = kColumns<kTiles>;
+    // Neighbours change places by row, so that eight rows of a store do not meet in a bank.
+    auto sum_at = [&](int w, int r, int column) {
+        return (w * 16 + r) * kAcross + (column ^ (r & 7));
+    };
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
         __syncthreads(); // nobody reads a ring, or the tile before, any more
@@ -232,7 +236,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) outer_kernel(OuterArgs a) {
         for (int i = 0; i < 16 * kPieces; ++i) {
             int piece = i / 16, j = i / 4 % 4, c = i % 4;
             int column = 32 * piece + 4 * (2 * t + c % 2) + j;
-            partial[(warp * 16 + g + 8 * (c / 2)) * kAcross + column] = acc[n][piece][j][c];
+            partial[sum_at(warp, g + 8 * (c / 2), column)] = acc[n][piece][j][c];
         }
         __syncthreads();
         bool straight = a.partial == nullptr;
@@ -244,7 +248,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) outer_kernel(OuterArgs a) {
                 continue;
             float sum = 0.0f;
             for (int w = 0; w < kWarps; ++w)
-                sum += partial[(w * 16 + (r - first_r) % 16) * kAcross + column];
+                sum += partial[sum_at(w, (r - first_r) % 16, column)];
             if (straight)
                 store_sum(a, r, first_c + column, sum);
             else

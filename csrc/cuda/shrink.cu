@@ -97,33 +97,74 @@ struct Column {
     }
 };
 
+// Eight neighbours on whole 16 bytes.
+template <int kDtype>
+__device__ __forceinline__ void load_eight(const void* p, int64_t i, float v[8]) {
+    if constexpr (kDtype == kF32) {
+        const float4* from = (const float4*)((const float*)p + i);
+        float4 a = from[0], b = from[1];
+        v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w;
+        v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+    } else {
+        uint4 a = *(const uint4*)((const uint16_t*)p + i);
+        const uint32_t w[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            uint16_t half = (uint16_t)(w[j / 2] >> 16 * (j % 2));
+            v[j] = kDtype == kBF16 ? bf16_to_float(half) : half_to_float(half);
+        }
+    }
+}
+
 // Threads `thread`, `thread` + `step` .. make v, each an output's column (across: a piece of a
-// row).
-__device__ __forceinline__ void make_v(const ShrinkArgs& a, unsigned thread, unsigned step) {
+// row). Several loads are under way together.
+template <int kUpDtype>
+__device__ __forceinline__ void make_v_from(const ShrinkArgs& a, unsigned thread, unsigned step) {
     unsigned outputs = (unsigned)a.outputs, columns = (unsigned)a.columns;
     if (a.across) { // eight outputs of one column at a time
         unsigned pieces = outputs / 8;
         for (unsigned i = thread; i < pieces * columns; i += step) {
             unsigned c = i / pieces, o = i % pieces * 8;
             Column column((int)c, a, false);
-            uint32_t w[4] = {};
+            float v[8] = {};
+            int64_t from = (int64_t)column.rank * a.outputs + o; // a multiple of 8
             if (column.used)
-                for (int j = 0; j < 8; ++j) {
-                    float v = load_as_float(a.up, a.up_dtype, column.rank * a.outputs + o + j);
-                    w[j / 2] |= (uint32_t)part_of(v, column.low) << 16 * (j % 2);
-                }
+                load_eight<kUpDtype>(a.up, from, v);
+            uint32_t w[4] = {};
+#pragma unroll
+            for (int j = 0; j < 8; ++j)
+                w[j / 2] |= (uint32_t)part_of(v[j], column.low) << 16 * (j % 2);
             *(uint4*)(a.v + (int64_t)c * outputs + o) = uint4{w[0], w[1], w[2], w[3]};
         }
         return;
     }
-    for (unsigned i = thread; i < outputs * columns; i += step) {
-        unsigned o = i / columns;
-        Column column((int)(i % columns), a, false);
-        a.v[i] = column.used
-                     ? part_of(load_as_float(a.up, a.up_dtype, (int64_t)o * a.rank + column.rank),
-                               column.low)
-                     : (uint16_t)0;
+    constexpr int kBatch = 4;
+    unsigned count = outputs * columns;
+    for (unsigned first = thread; first < count; first += kBatch * step) {
+        float v[kBatch];
+        bool low[kBatch];
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+            unsigned i = first + j * step, o = i / columns;
+            Column column((int)(i - o * columns), a, false);
+            int64_t from = (int64_t)o * a.rank + column.rank;
+            v[j] = column.used && i < count ? load_as_float(a.up, kUpDtype, from) : 0.0f;
+            low[j] = column.low;
+        }
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j)
+            if (first + j * step < count)
+                a.v[first + j * step] = part_of(v[j], low[j]);
     }
+}
+
+__device__ __forceinline__ void make_v(const ShrinkArgs& a, unsigned thread, unsigned step) {
+    if (a.up_dtype == kF32)
+        make_v_from<kF32>(a, thread, step);
+    else if (a.up_dtype == kBF16)
+        make_v_from<kBF16>(a, thread, step);
+    else
+        make_v_from<kF16>(a, thread, step);
 }
 
 // The parts of a block's ranks and slice of the depth in shared memory: [part][rank][depth], where
@@ -142,26 +183,41 @@ struct AdapterSlice {
     static __device__ __forceinline__ void fill(unsigned char* memory, const ShrinkArgs& a,
                                                 int first_r, int64_t first_k, int tid,
                                                 int threads) {
-        constexpr int kPairs = kRanks * kSlice / 2;
-        for (int i = tid; i < kPairs; i += threads) {
-            int rank = kTransposed ? i % kRanks : i / (kSlice / 2);
-            int k = 2 * (kTransposed ? i / kRanks : i % (kSlice / 2));
-            uint32_t parts[kParts] = {};
-            if (first_r + rank < a.rank && first_k + k < a.depth) { // the depth is even
-                int64_t r = first_r + rank, from = first_k + k;
-                int64_t low = kTransposed ? from * a.rank + r : r * a.depth + from;
-                int64_t high = kTransposed ? low + a.rank : low + 1;
+        constexpr int kPairs = kRanks * kSlice / 2, kBatch = 8; // loads under way together
+        static_assert(kPairs % (kBatch * 32 * kMostWarps) == 0, "batches are whole");
+        auto rank_of = [](int i) { return kTransposed ? i % kRanks : i / (kSlice / 2); };
+        auto k_of = [](int i) { return 2 * (kTransposed ? i / kRanks : i % (kSlice / 2)); };
+        for (int first = tid; first < kPairs; first += kBatch * threads) {
+            uint32_t low[kBatch], high[kBatch]; // as they are stored
+#pragma unroll
+            for (int j = 0; j < kBatch; ++j) {
+                int64_t r = first_r + rank_of(first + j * threads);
+                int64_t k = first_k + k_of(first + j * threads);
+                bool inside = r < a.rank && k < a.depth; // the depth is even
+                int64_t at = kTransposed ? k * a.rank + r : r * a.depth + k;
+                int64_t next = kTransposed ? at + a.rank : at + 1;
                 if constexpr (kParts > 1) {
-                    const float* p = (const float*)a.a;
-                    split_pair<kParts>(p[low], p[high], parts);
+                    const uint32_t* p = (const uint32_t*)a.a;
+                    low[j] = inside ? p[at] : 0;
+                    high[j] = inside ? p[next] : 0;
                 } else {
                     const uint16_t* p = (const uint16_t*)a.a;
-                    parts[0] = p[low] | (uint32_t)p[high] << 16;
+                    low[j] = inside ? p[at] : 0;
+                    high[j] = inside ? p[next] : 0;
                 }
             }
 #pragma unroll
-            for (int p = 0; p < kParts; ++p)
-                *(uint32_t*)(memory + at(p, rank, k)) = parts[p];
+            for (int j = 0; j < kBatch; ++j) {
+                uint32_t parts[kParts];
+                if constexpr (kParts > 1)
+                    split_pair<kParts>(bits_float(low[j]), bits_float(high[j]), parts);
+                else
+                    parts[0] = low[j] | high[j] << 16;
+                int i = first + j * threads;
+#pragma unroll
+                for (int p = 0; p < kParts; ++p)
+                    *(uint32_t*)(memory + at(p, rank_of(i), k_of(i))) = parts[p];
+            }
         }
     }
 };

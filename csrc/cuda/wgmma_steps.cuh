@@ -13,8 +13,9 @@ constexpr int kStep = 64;     // of the depth: 128 bytes of 16-bit values
 constexpr int kOutputs = 128; // of a tile
 constexpr int kWeightTile = kOutputs * kStep * 2;
 constexpr int kHalfTile = kWeightTile / 2;
-constexpr int kTurns = 2; // warpgroups that decode
+constexpr int kMostTurns = 4; // warpgroups that decode
 constexpr int kMaxStages = 8;
+constexpr int kMostAhead = 2;
 constexpr int kSharedLimit = 227 * 1024;
 constexpr int kMultiprocessors = 132;
 
@@ -24,31 +25,35 @@ struct Plan {
     static constexpr bool kDecodes = kFormat != kDense;
     static constexpr int kMultiply = kRows == 64 ? 128 : 256; // threads
     static constexpr int kSubs = kRows == 256 ? 2 : 1;        // products of 64 rows of a warpgroup
+    // Warpgroups that decode, a step each in turns: as many as leave registers for the sums.
+    static constexpr int kTurns = !kDecodes ? 0 : kRows == 256 ? 2 : kRows == 128 ? 3 : 4;
     static constexpr int kThreads = kMultiply + (kDecodes ? 128 * kTurns : 32);
     static constexpr int kXTile = kRows * kStep * 2;
     static constexpr int kStoredTile = kFormat == kFourBit ? kWeightTile / 4
                                        : kFormat == kInt8  ? kWeightTile / 2
                                                            : 0;
-    static constexpr int kStage = kXTile + kWeightTile + kStoredTile;
+    // Of its own steps a decoding warpgroup asks for stored weights and statistics so many before
+    // it decodes them. Stored tiles have a ring of their own, so that they are on their way before
+    // the stage that they are decoded into is free.
+    static constexpr int kAhead = kFormat == kInt8 && kRows == 128 ? 1 : kMostAhead;
+    static constexpr int kStage = kXTile + kWeightTile;
     static constexpr int kHead = kFormat == kFourBit ? 2048 : 1024; // barriers, the dynamic map
     // Tiles start on 1024 bytes, the window in which chunks change places.
-    static constexpr int kFit = (kSharedLimit - kHead - 1024) / kStage;
+    static constexpr int kRoom = kSharedLimit - kHead - 1024;
+    static constexpr int kFit = (kRoom - kTurns * kAhead * kStoredTile) / kStage;
     // A stage belongs to one decoding warpgroup: waits tell odd phases from even ones, no more.
-    static constexpr int kStages = (kFit > kMaxStages ? kMaxStages : kFit) / kTurns * kTurns;
-    static constexpr int kSharedBytes = 1024 + kHead + kStages * kStage;
-    // How many of its own steps a decoding warpgroup copies ahead: one stage is being decoded, and
-    // one multiplied.
-    static constexpr int kAhead = (kStages - 2) / kTurns;
-    static_assert(kAhead >= 1, "the next step's copy is under way when this one is decoded");
-    // 128 accumulators a thread do not fit into an equal share of the registers.
-    static constexpr bool kMoveRegisters = kDecodes && kRows == 256;
+    static constexpr int kWhole = kDecodes ? kTurns : 1;
+    static constexpr int kStages = (kFit > kMaxStages ? kMaxStages : kFit) / kWhole * kWhole;
+    static constexpr int kSharedBytes =
+        1024 + kHead + kStages * kStage + kTurns * kAhead * kStoredTile;
+    // Registers of a thread: what a launch gives to all alike moves to those that multiply.
+    static constexpr int kRegisters = 65536 / kThreads / 8 * 8;
+    static constexpr int kMultiplyRegisters = kRows == 256 ? 176 : kRows == 128 ? 120 : 128;
+    static constexpr int kDecodeRegisters = kRows == 64 ? 88 : 80;
+    static_assert(!kDecodes || kMultiply * kMultiplyRegisters + 128 * kTurns * kDecodeRegisters <=
+                                   kThreads * kRegisters,
+                  "a warpgroup that asks for more than the others gave back waits for ever");
 };
-
-// Registers of a thread that multiplies or decodes, where they move: what the launch gives to 512
-// threads, 128 each.
-constexpr int kMultiplyRegisters = 168, kDecodeRegisters = 88;
-static_assert(kMultiplyRegisters + kDecodeRegisters <= 2 * 128,
-              "a warpgroup that asks for more than the others gave back waits for ever");
 
 struct Args {
     TensorMap x, weight, u, v;
@@ -131,23 +136,24 @@ struct Steps {
     }
 };
 
+// full: everything of a stage is there; empty: the products have read it; stored: a stored tile has
+// come; taken: the warps have read it.
 struct Barriers {
-    uint64_t full[kMaxStages], empty[kMaxStages], stored[kMaxStages];
+    uint64_t full[kMaxStages], empty[kMaxStages];
+    uint64_t stored[kMostTurns * kMostAhead], taken[kMostTurns * kMostAhead];
 };
 
-// Asks for the tiles of one step, once their stage is free. One thread.
+// Asks for what a step copies into its stage, which is free: x, and weights that need no decoding
+// (dense, or the factors of the low-rank term). One thread.
 template <class P, int kFormat, bool kAcross>
-__device__ __forceinline__ void copy_step(const Args& a, Barriers* barriers, unsigned char* stages,
-                                          const Steps& at, int slot, uint32_t parity) {
-    unsigned char* x = stages + slot * P::kStage;
-    unsigned char* w = x + P::kXTile;
-    uint64_t* full = &barriers->full[slot];
-    barrier_wait(&barriers->empty[slot], parity ^ 1);
+__device__ __forceinline__ void copy_step(const Args& a, uint64_t* full, unsigned char* stage,
+                                          const Steps& at) {
+    unsigned char* w = stage + P::kXTile;
     bool low_rank = at.step < a.rank_steps;
     int k = (low_rank ? at.step : at.step - a.rank_steps) * kStep, n = at.tile.n;
     bool copies_weight = low_rank || kFormat == kDense;
     barrier_arrive_expect(full, P::kXTile + (copies_weight ? kWeightTile : 0));
-    copy_box(x, low_rank ? &a.u : &a.x, at.tile.m, k, full);
+    copy_box(stage, low_rank ? &a.u : &a.x, at.tile.m, k, full);
     if (copies_weight) {
         const TensorMap* map = low_rank ? &a.v : &a.weight;
         if (kAcross) { // two boxes of 64 outputs
@@ -156,14 +162,21 @@ __device__ __forceinline__ void copy_step(const Args& a, Barriers* barriers, uns
         } else {
             copy_box(w, map, n, k, full);
         }
-        if (P::kDecodes) // nothing to decode, but the phases go together
-            barrier_arrive(&barriers->stored[slot]);
-    } else {
-        uint64_t* stored = &barriers->stored[slot];
-        barrier_arrive_expect(stored, P::kStoredTile);
-        int row = kAcross ? k : n, col = kAcross ? n : k;
-        copy_box(w + kWeightTile, &a.weight, row, kFormat == kFourBit ? col / 2 : col, stored);
     }
+}
+
+// Asks for the stored weights of a step, into a place whose last tile has been taken. One thread.
+template <class P, int kFormat, bool kAcross>
+__device__ __forceinline__ void copy_stored(const Args& a, uint64_t* stored, unsigned char* to,
+                                            const Steps& at) {
+    if (at.step < a.rank_steps) { // nothing to decode, but the phases go on
+        barrier_arrive(stored);
+        return;
+    }
+    barrier_arrive_expect(stored, P::kStoredTile);
+    int k = (at.step - a.rank_steps) * kStep, row = kAcross ? k : at.tile.n;
+    int col = kAcross ? at.tile.n : k;
+    copy_box(to, &a.weight, row, kFormat == kFourBit ? col / 2 : col, stored);
 }
 
 } // namespace

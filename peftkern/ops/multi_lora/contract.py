@@ -40,6 +40,8 @@ _CASES: tuple[
     ("no-columns", 4, 0, 64, "dense", 0, False, False, True, ((4, 0.0),)),
     ("no-depth", 4, 8, 0, "int8", 0, False, True, True, ((4, 0.0),)),
     ("one", 1, 1, 1, "dense", 0, False, True, False, ((1, 0.0),)),
+    ("whole-eights", 70, 64, 128, "nf4", 64, True, True, True, ((8, 0.0), (3, 0.5), (16, 0.0))),
+    ("whole-eights-many", 300, 72, 64, "dense", 0, False, False, False, ((9, 0.0), (4, 0.0))),
     # A column of S is then contiguous in memory, whichever rows belong to the adapter.
     ("rank-one", 19, 32, 48, "nf4", 64, False, False, True, ((1, 0.0),)),
 )

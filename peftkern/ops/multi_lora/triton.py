@@ -1,18 +1,15 @@
 """A linear with a different low-rank term for each row, by Triton on an NVIDIA GPU.
 
-All adapters are multiplied as one wide one; rows are zero in the columns of the others. Nothing is
-sorted and the host never learns the ids: the call can be captured in a CUDA graph. The price is
-the sum of all ranks instead of one in the thin products.
+See ``gathered.py`` for how the adapters become one.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from peftkern.ops.bases import Base
+from peftkern.ops.multi_lora.gathered import Adapters, Group, gathered, hand_out
 from peftkern.registry import implementation
 from peftkern.triton_kernels.launch import constant, launch, refusal
 from peftkern.triton_kernels.matmul import Dropout, LowRank, finish, matmul
@@ -22,74 +19,11 @@ _BLOCK_M, _BLOCK_R = 32, 32
 _ONE_PASS_RANK = 16
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Adapters with the same dropout probability, side by side."""
-
-    members: list[int]
-    a: Tensor
-    b: Tensor
-    dropout: Dropout
-    first: int
-
-
-@dataclass(frozen=True)
-class _Adapters:
-    """All adapters as one, in the order of their groups; ``columns`` holds each one's first."""
-
-    groups: list[_Group]
-    ranks: list[int]
-    columns: list[int]
-    scalings: list[float]
-
-    @property
-    def total(self) -> int:
-        return sum(self.ranks)
-
-    @property
-    def order(self) -> list[int]:
-        return [i for group in self.groups for i in group.members]
-
-    def owner(self, device: torch.device) -> Tensor:
-        return constant([i for i in self.order for _ in range(self.ranks[i])], torch.int64, device)
-
-    def place(self, device: torch.device) -> Tensor:
-        places = [j for i in self.order for j in range(self.ranks[i])]
-        return constant(places, torch.int64, device)
-
-    def factor(self, device: torch.device) -> Tensor:
-        values = [self.scalings[i] for i in self.order for _ in range(self.ranks[i])]
-        return constant(values, torch.float32, device)
-
-
-def _gathered(
-    lora_A: list[Tensor],
-    lora_B: list[Tensor],
-    scalings: list[float],
-    dropout_p: list[float],
-    seed: Tensor | None,
-) -> _Adapters:
-    ranks = [a.shape[0] for a in lora_A]
-    groups: list[_Group] = []
-    columns, first = [0] * len(ranks), 0
-    for p in dict.fromkeys(dropout_p):
-        members = [i for i, own in enumerate(dropout_p) if own == p and ranks[i]]
-        if not members:
-            continue
-        a = torch.cat([lora_A[i] for i in members])
-        b = torch.cat([lora_B[i] for i in members], dim=1)
-        groups.append(_Group(members, a, b, Dropout.of(p, seed), first))
-        for i in members:
-            columns[i] = first
-            first += ranks[i]
-    return _Adapters(groups, ranks, columns, scalings)
-
-
 def _grid(m: int) -> int:
     return -(-m // _BLOCK_M)
 
 
-def _spread(s: Tensor, ids: Tensor, adapters: _Adapters) -> Tensor:
+def _spread(s: Tensor, ids: Tensor, adapters: Adapters) -> Tensor:
     """S times the scaling, each row in the columns of its adapter: fp32 [M, R]."""
     from peftkern.triton_kernels import routing
 
@@ -174,11 +108,11 @@ def multi_lora_linear(
         out_features,
         x.shape[1],
     )
-    adapters = _gathered(lora_A, lora_B, scalings, dropout_p, seed)
+    adapters = gathered(lora_A, lora_B, scalings, dropout_p)
     m, widest = x.shape[0], max(adapters.ranks, default=0)
     if not adapters.groups:
         return matmul(x, base, bias=bias), x.new_zeros((m, widest), dtype=torch.float32)
-    parts = [shrink(x, group.a, group.dropout) for group in adapters.groups]
+    parts = [shrink(x, group.a, Dropout.of(group.p, seed)) for group in adapters.groups]
     wide = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     s = wide.new_empty((m, widest))
     launch(
@@ -253,8 +187,8 @@ def multi_lora_linear_backward(
     dbs = [b.new_empty(0) for b in lora_B]
     if not (need_dx or need_dab):
         return dx, das, dbs
-    adapters = _gathered(lora_A, lora_B, scalings, dropout_p, seed)
-    terms: list[tuple[_Group, Tensor]] = []
+    adapters = gathered(lora_A, lora_B, scalings, dropout_p)
+    terms: list[tuple[Group, Tensor]] = []
     if need_dab:
         das, dbs = ([torch.zeros_like(t) for t in pair] for pair in (lora_A, lora_B))
     if adapters.groups:
@@ -266,8 +200,8 @@ def multi_lora_linear_backward(
             own = ds[:, group.first : group.first + group.a.shape[0]].contiguous()
             terms.append((group, own))
             if need_dab:
-                da = down_gradient(own, x, group.a, group.dropout)
-                _split(group, adapters, da, db, das, dbs)
+                da = down_gradient(own, x, group.a, Dropout.of(group.p, seed))
+                hand_out(group, adapters, da, db, das, dbs)
     if need_dx:
         base = Base(
             weight,
@@ -279,7 +213,7 @@ def multi_lora_linear_backward(
             dy.shape[1],
             x.shape[1],
         )
-        lows = [LowRank(own, group.a.t(), 1.0, group.dropout) for group, own in terms]
+        lows = [LowRank(own, group.a.t(), 1.0, Dropout.of(group.p, seed)) for group, own in terms]
         dx = matmul(dy, base, transposed=True, low_rank=lows[0] if lows else None)
         for low in lows[1:]:
             finish(dx[None], dx, None, low)
@@ -299,7 +233,7 @@ def _gradients(dy: Tensor, wide: Tensor, b: Tensor, need_db: bool) -> tuple[Tens
     return ds, down_gradient(wide, dy, thin, nothing).t() if need_db else b.new_empty(0)
 
 
-def _route(ds: Tensor, ids: Tensor, adapters: _Adapters) -> Tensor:
+def _route(ds: Tensor, ids: Tensor, adapters: Adapters) -> Tensor:
     """dS times the scaling where a column belongs to the row's adapter, else zero."""
     from peftkern.triton_kernels import routing
 
@@ -321,19 +255,3 @@ def _route(ds: Tensor, ids: Tensor, adapters: _Adapters) -> Tensor:
         num_warps=4,
     )
     return out
-
-
-def _split(
-    group: _Group,
-    adapters: _Adapters,
-    da: Tensor,
-    db: Tensor,
-    das: list[Tensor],
-    dbs: list[Tensor],
-) -> None:
-    """Hand each adapter of a group its rows of dA and its columns of dB."""
-    for i in group.members:
-        start, rank = adapters.columns[i], adapters.ranks[i]
-        within = start - group.first
-        das[i] = da[within : within + rank].clone()
-        dbs[i] = db[:, start : start + rank].contiguous()
