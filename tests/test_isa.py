@@ -141,6 +141,21 @@ def test_quantize_thresholds(isa: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_extreme_statistics_dequantize_alike(isa: str, dtype: torch.dtype) -> None:
+    """Weights that are denormal, infinite or NaN by their statistic, among ordinary ones."""
+    extreme = [0.0, 1e-45, 1e-40, 1e-38, 2.9e-36, 3.1e-36, 1e-30, 1.0, 3e38, 3.4e38]
+    absmax = torch.tensor([*extreme, float("inf"), float("nan")])
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(-128, 128, (12, 97), generator=generator, dtype=torch.int8)
+    args: tuple[Any, ...] = (codes, absmax, dtype)
+    assert_same_bits(run("dequantize_8bit", *args), reference("dequantize_8bit", *args))
+    packed = torch.randint(0, 256, (12 * 32,), generator=generator, dtype=torch.uint8)
+    for kind in ("nf4", "fp4"):
+        args = (packed, absmax, None, None, kind, 64, [12 * 64], dtype)
+        assert_same_bits(run("dequantize_4bit", *args), reference("dequantize_4bit", *args))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_every_16_bit_value_dequantizes_and_quantizes(isa: str, dtype: torch.dtype) -> None:
     """All bit patterns of a 16-bit dtype pass through load, round and store unchanged."""
     if dtype == torch.float32:

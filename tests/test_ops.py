@@ -126,6 +126,8 @@ def test_thread_count_changes_no_bit(name: str) -> None:
     if row.backend == "reference":
         pytest.skip("no kernel of ours serves this op here")
     for sample in spec.samples(spec.dtypes[-1]):
+        if row.refusal(sample.args) is not None:
+            continue  # torch's products serve it, and torch's rules hold
         results = []
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)

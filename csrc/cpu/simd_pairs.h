@@ -64,6 +64,22 @@ struct Pairs {
             }
         }
     }
+    PK_INLINE V::F int8(const int8_t* codes, V::F absmax) {
+        return V::mul(V::mul(V::load_i8(codes), absmax), V::set1(kInt8Step));
+    }
+    // 32 INT8 weights of a row, in order.
+    PK_INLINE V::F int8_along_row(const int8_t* codes, V::F absmax) {
+        return _mm512_castsi512_ps(
+            (I)_mm512_cvtne2ps_pbh(int8(codes + 16, absmax), int8(codes, absmax)));
+    }
+    // 16 INT8 weights of each of two rows, paired.
+    PK_INLINE V::F int8_across_rows(const int8_t* low, const int8_t* high, V::F absmax_low,
+                                    V::F absmax_high) {
+        const I zip = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
+                                       23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+        I both = (I)_mm512_cvtne2ps_pbh(int8(high, absmax_high), int8(low, absmax_low));
+        return _mm512_castsi512_ps(_mm512_permutexvar_epi16(zip, both));
+    }
     // 32 fp32 numbers that are bf16 already, in order.
     PK_INLINE V::F pack(const float* x) {
         const I upper = _mm512_add_epi16(
@@ -94,6 +110,10 @@ struct Pairs {
     PK_INLINE Table table(const float*, float, float = 0.0f) { return 0; }
     PK_INLINE void along_row(Table, const uint8_t*, V::F*) {}
     PK_INLINE void across_rows(Table, const uint8_t*, const uint8_t*, V::F*) {}
+    PK_INLINE V::F int8_along_row(const int8_t*, V::F absmax) { return absmax; }
+    PK_INLINE V::F int8_across_rows(const int8_t*, const int8_t*, V::F absmax, V::F) {
+        return absmax;
+    }
     PK_INLINE V::F pack(const float* x, const float* = nullptr) { return V::load(x); }
 };
 

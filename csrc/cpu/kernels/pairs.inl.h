@@ -55,6 +55,47 @@ PK_SINK inline void decode_row_groups(const Weight& w, int64_t flat, int64_t gro
     }
 }
 
+// Whether no weight with this absmax is a denormal, an infinity or NaN: what conversions to bf16 in
+// hardware round as ours do.
+bool rounds_plainly(float absmax) {
+    constexpr uint32_t kLeast = (127u - 118u) << 23; // 2^-118: times the least code still normal
+    uint32_t magnitude = float_bits(absmax) & 0x7fffffffu;
+    return magnitude == 0 || magnitude - kLeast < 0x7f800000u - kLeast;
+}
+
+const int8_t* int8_codes(const Weight& w, int64_t row, int64_t col) {
+    return (const int8_t*)w.p + row * w.cols + col;
+}
+
+// Quantized weights [row, col .. col + n) as bf16; how many of them, from the beginning.
+int64_t decode_bf16(const Weight& w, int64_t row, int64_t col, int64_t n, uint16_t* out) {
+    if (!kPairs || w.dtype != kBF16 || w.entries.index != nullptr)
+        return 0;
+    int64_t done = 0, flat = row * w.cols + col;
+    if (w.kind == kInt8 && rounds_plainly(w.absmax[row])) {
+        const int8_t* codes = int8_codes(w, row, col);
+        V::F absmax = V::set1(w.absmax[row]);
+        for (; done + 2 * L <= n; done += 2 * L) {
+            __builtin_prefetch(codes + done + kAheadBytes, 0, 3);
+            V::store((float*)(out + done), Pairs::int8_along_row(codes + done, absmax));
+        }
+    } else if (in_whole_groups(w, flat)) {
+        const float* values = codebook(w.quant_type);
+        const uint8_t* p = (const uint8_t*)w.p + flat / 2;
+        for (; done + 64 <= n; done += 64) {
+            V::F v[2];
+            __builtin_prefetch(p + done / 2 + kAheadBytes, 0, 3);
+            float scale = block_absmax(w, (flat + done) >> w.block_shift);
+            if (!rounds_plainly(scale))
+                break;
+            Pairs::along_row(Pairs::table(values, scale), p + done / 2, v);
+            V::store((float*)(out + done), v[0]);
+            V::store((float*)(out + done + 32), v[1]);
+        }
+    }
+    return done;
+}
+
 // w[row, col .. col + n); `line` is scratch for n floats.
 void decode_pairs(const Weight& w, int64_t row, int64_t col, int64_t n, float* line, float* out) {
     if (w.kind == kDense && !w.dropout.on) {
@@ -71,6 +112,11 @@ void decode_pairs(const Weight& w, int64_t row, int64_t col, int64_t n, float* l
         col += 64 * groups;
         n -= 64 * groups;
         out += 32 * groups;
+    } else if (w.kind == kInt8) {
+        int64_t done = decode_bf16(w, row, col, n, (uint16_t*)out);
+        col += done;
+        n -= done;
+        out += done / 2;
     }
     if (n > 0) {
         decode_run(w, row, col, n, line);
@@ -108,6 +154,15 @@ PK_SINK inline void decode_pair_of_rows(const Weight& w, int64_t low, int64_t hi
             for (int i = 0; i < 4; ++i)
                 sink(g + i * L, v[i]);
         }
+        return;
+    }
+    if (w.kind == kInt8 && n % L == 0 && rounds_plainly(w.absmax[low]) &&
+        (high < 0 || rounds_plainly(w.absmax[high]))) {
+        const int8_t* p = int8_codes(w, low, col);
+        const int8_t* q = high < 0 ? p : int8_codes(w, high, col);
+        V::F first = V::set1(w.absmax[low]), second = V::set1(high < 0 ? 0.0f : w.absmax[high]);
+        for (int64_t j = 0; j < n; j += L)
+            sink(j, Pairs::int8_across_rows(p + j, q + j, first, second));
         return;
     }
     int64_t whole = ceil_div(n, L) * L;

@@ -175,33 +175,44 @@ int quantize_8bit(Quantize8& q) {
     return kOk;
 }
 
-// 4-bit tensors are one row of all elements here.
+// A chunk is a piece of a row, or several short rows. 4-bit tensors are one row of all elements
+// here.
 struct DequantizeTask {
     const Dequantize* d;
-    int64_t pieces_per_row;
+    int64_t pieces_per_row, rows_per_chunk; // one of them is 1
 };
 
 constexpr int64_t kDequantizePiece = 16384;
 
+// Elements [row, start .. end) to their place.
+void dequantize_run(const Dequantize& d, int64_t row, int64_t start, int64_t end) {
+    const Weight& w = d.w;
+    constexpr int64_t kSpan = 1024;
+    alignas(64) float buffer[kSpan];
+    for (int64_t k = start; k < end; k += kSpan) {
+        int64_t n = min64(kSpan, end - k);
+        char* out = (char*)d.out + (row * w.cols + k) * dtype_size(w.dtype);
+        if (w.dtype == kF32) {
+            decode_run(w, row, k, n, (float*)out);
+            continue;
+        }
+        int64_t done = decode_bf16(w, row, k, n, (uint16_t*)out);
+        if (done < n) {
+            decode_run(w, row, k + done, n - done, buffer);
+            store_run(buffer, n - done, w.dtype, out + 2 * done);
+        }
+    }
+}
+
 void dequantize_body(void* context, Queue* queue) {
     const DequantizeTask& task = *(const DequantizeTask*)context;
     const Weight& w = task.d->w;
-    constexpr int64_t kSpan = 1024;
-    alignas(64) float buffer[kSpan];
     for (int64_t chunk = next_chunk(queue); chunk >= 0; chunk = next_chunk(queue)) {
-        int64_t row = chunk / task.pieces_per_row;
+        int64_t first = chunk / task.pieces_per_row * task.rows_per_chunk;
         int64_t start = chunk % task.pieces_per_row * kDequantizePiece;
         int64_t end = min64(w.cols, start + kDequantizePiece);
-        for (int64_t k = start; k < end; k += kSpan) {
-            int64_t n = min64(kSpan, end - k);
-            char* out = (char*)task.d->out + (row * w.cols + k) * dtype_size(w.dtype);
-            if (w.dtype == kF32) {
-                decode_run(w, row, k, n, (float*)out);
-            } else {
-                decode_run(w, row, k, n, buffer);
-                store_run(buffer, n, w.dtype, out);
-            }
-        }
+        for (int64_t row = first; row < min64(w.rows, first + task.rows_per_chunk); ++row)
+            dequantize_run(*task.d, row, start, end);
     }
 }
 
@@ -209,10 +220,11 @@ int dequantize(const Dequantize& d) {
     const Weight& w = d.w;
     if (w.rows == 0 || w.cols == 0)
         return kOk;
-    DequantizeTask task = {&d, ceil_div(w.cols, kDequantizePiece)};
+    int64_t rows = w.cols < kDequantizePiece ? kDequantizePiece / w.cols : 1;
+    DequantizeTask task = {&d, ceil_div(w.cols, kDequantizePiece), rows};
     double numel = (double)w.rows * (double)w.cols;
     int threads = worthwhile_threads(d.threads, numel * 2e-4 / V::kSpeed);
-    run_parallel(threads, w.rows * task.pieces_per_row, dequantize_body, &task);
+    run_parallel(threads, ceil_div(w.rows, rows) * task.pieces_per_row, dequantize_body, &task);
     return kOk;
 }
 

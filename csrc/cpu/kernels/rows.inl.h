@@ -135,6 +135,30 @@ void fused_dot_pairs(const Weight& w, int64_t row, const float* x, Chains& chain
         V::store(chains.lane[(c + turn) % kChains], acc[c]);
 }
 
+// The same with INT8 weights, whose vectors come one by one.
+bool int8_fuses(const Weight& w, int64_t row) {
+    return w.kind == kInt8 && w.cols % (2 * L * kChains) == 0 && rounds_plainly(w.absmax[row]);
+}
+
+void fused_dot_int8(const Weight& w, int64_t row, const float* x, Chains& chains) {
+    V::F acc[kChains];
+    for (int c = 0; c < kChains; ++c)
+        acc[c] = V::load(chains.lane[c]);
+    const int8_t* codes = int8_codes(w, row, 0);
+    V::F absmax = V::set1(w.absmax[row]);
+    for (int64_t k = 0; k < w.cols; k += 2 * L * kChains) {
+        __builtin_prefetch(codes + k + kAheadBytes, 0, 3);
+        if (2 * L * kChains > 64)
+            __builtin_prefetch(codes + k + kAheadBytes + 64, 0, 3);
+#pragma GCC unroll 16
+        for (int c = 0; c < kChains; ++c)
+            acc[c] = Pairs::dot(Pairs::int8_along_row(codes + k + 2 * L * c, absmax),
+                                V::load(x + k / 2 + L * c), acc[c]);
+    }
+    for (int c = 0; c < kChains; ++c)
+        V::store(chains.lane[c], acc[c]);
+}
+
 void decode_piece(const Weight& w, int64_t row, int64_t k, int64_t len, float* piece) {
     if (!in_groups(w)) {
         decode_run(w, row, k, len, piece);
@@ -216,6 +240,14 @@ void add_segment(const RowTask& task, const Segment& segment, const float* x, in
             else
                 fused_dot<kF32>(w, j + r, x, chains[r]);
         }
+        return;
+    }
+    bool fuses = pairs && m == 1;
+    for (int64_t r = 0; r < rows && fuses; ++r)
+        fuses = int8_fuses(w, j + r);
+    if (fuses) {
+        for (int64_t r = 0; r < rows; ++r)
+            fused_dot_int8(w, j + r, x, chains[r]);
         return;
     }
     int64_t whole = pairs ? 2 * kPiece : kPiece;
