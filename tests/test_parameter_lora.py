@@ -125,6 +125,33 @@ def test_quantized_experts(name: str, quantize: str) -> None:
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize("name", MOE)
+def test_all_linear_quantizes_experts_without_adapting_them(name: str) -> None:
+    model = build(name)
+    before = snapshot(model)
+    paths = [n for n, m in model.named_modules() if is_experts(m)]
+    handle = pk.patch(model, pk.LoRAConfig(r=2, quantize="nf4"))
+    rows = {r.name: r for r in handle.report().rows}
+    assert {(rows[p].now, rows[p].format, rows[p].kernel) for p in paths} == {
+        ("QuantizedExperts", "nf4", "linear_4bit: native")
+    }
+    report = handle.verify(batch(name, 1))
+    assert report.ok, str(report)
+    _, grads = loss_and_gradients(model, name)
+    assert all(torch.isfinite(g).all() for g in grads)
+    handle.unpatch()
+    assert_unchanged(model, before)
+    # Named targets mean what they name.
+    for changes in (
+        dict(target_modules=["o_proj"]),
+        dict(exclude_modules=["experts"]),
+        dict(quantize_modules=["o_proj"]),
+    ):
+        handle = pk.patch(model, pk.LoRAConfig(r=2, quantize="nf4", **changes))  # type: ignore[arg-type]
+        assert not any(isinstance(m, QuantizedExperts) for m in model.modules())
+        handle.unpatch()
+
+
 def test_one_parameter_and_the_router(tmp_path: Path) -> None:
     """A matrix without a layer: the module's own forward with the sum in its place."""
     model = build("mixtral")

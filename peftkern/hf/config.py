@@ -46,8 +46,9 @@ class AdapterConfig:
         quantize: ``None``, ``"nf4"``, ``"fp4"`` or ``"int8"``: format of the frozen base.
         blocksize: 4-bit weights that share one absmax.
         double_quant: 4-bit: quantize the absmax values as well.
-        quantize_modules: what to quantize: ``"all-linear"``, a list of names, or one regular
-            expression on the whole path; the method's own choice when left out.
+        quantize_modules: what to quantize: ``"all-linear"`` (stacked experts included), a list of
+            names, or one regular expression on the whole path; the method's own choice when left
+            out.
         adapter_dtype: dtype of the trained tensors.
         keep_original: where the original weights of quantized layers wait for ``unpatch``:
             ``"disk"`` (an unnamed temporary file), ``"ram"``, or False (they are given up).

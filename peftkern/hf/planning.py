@@ -15,6 +15,7 @@ from peftkern.hf.targets import (
     Choice,
     Site,
     choose,
+    excluded,
     is_linear_like,
     near_names,
     saved_by,
@@ -263,6 +264,11 @@ def _plan_quantization(planning: Planning, targets: Sequence[Site], config: Adap
     if config.quantize_modules is not None:
         chosen = choose(planning.model, planning.sites, config.quantize_modules, config)
         wanted = [choice.site for choice in chosen if choice.wanted]
+    if (config.quantize_modules or getattr(config, "target_modules", ALL_LINEAR)) == ALL_LINEAR:
+        # Most of a mixture model's weights are in its stacks of experts, which are no layers.
+        taken = {id(site.module) for site in wanted}
+        stacks = (s for s in planning.sites if is_experts(_base_of(s.module)))
+        wanted += [s for s in stacks if id(s.module) not in taken and not excluded(config, s.name)]
     keep = _kept_wide(planning.model)
     for site in wanted:
         step = planning.step(site.module)
@@ -281,7 +287,7 @@ def _why_not_quantized(
 ) -> str | None:
     """None: quantize it; "": it is in that format already; else why not."""
     module = site.module
-    inner = getattr(module, "base_layer", module) if isinstance(module, AdapterLayer) else module
+    inner = _base_of(module)
     if isinstance(inner, QuantizedExperts):
         have = inner.quant_type
         return "" if have == config.quantize else f"its experts are {have} already"
@@ -305,6 +311,11 @@ def _why_not_quantized(
     if any(name in parts for name in keep):
         return "the model asks to keep it in float32 (_keep_in_fp32_modules)"
     return None
+
+
+def _base_of(module: nn.Module) -> nn.Module:
+    base = getattr(module, "base_layer", module) if isinstance(module, AdapterLayer) else module
+    return base if isinstance(base, nn.Module) else module
 
 
 def _weight_owners(sites: Sequence[Site]) -> dict[int, list[str]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
@@ -22,6 +22,7 @@ from peftkern.codebooks import BLOCKSIZES
 from peftkern.hf.config import TASK_HEADS
 from peftkern.nn import Linear4bit, Linear8bit
 from peftkern.nn.adapter import AdapterLayer
+from peftkern.nn.experts import STACKED, QuantizedExperts, is_experts
 from peftkern.nn.quantized import QuantizedLinear
 from peftkern.nn.structure import is_conv1d, is_dense_linear, own_forward
 from peftkern.quant import QUANT_TYPES, QuantizedTensor, quantize
@@ -95,10 +96,11 @@ class INT8Config(PeftkernConfig):
 
 
 class Quantize(ConversionOps):
-    """One weight from the checkpoint into the codes and statistics of its layer."""
+    """One weight from the checkpoint into the codes and statistics of its layer or layers."""
 
-    def __init__(self, config: PeftkernConfig) -> None:
+    def __init__(self, config: PeftkernConfig, experts: dict[str, QuantizedExperts]) -> None:
         self.config = config
+        self.experts = experts
 
     @torch.no_grad()
     def convert(
@@ -112,21 +114,48 @@ class Quantize(ConversionOps):
         out: dict[str, Tensor] = {}
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
+            path, _, parameter = name.rpartition(".")
+            if path in self.experts:
+                self._stack(model, path, parameter, weight, missing_keys)
+                continue
             layer, _ = get_module_from_name(model, name)
             if getattr(layer, "_stored_transposed", False):
                 weight = weight.T
-            config = self.config
-            q = quantize(
-                weight.contiguous(), config.quant_type, config.blocksize, config.double_quant
-            )
-            prefix = name.rpartition(".")[0]
-            for part, tensor in _named(layer, q).items():
-                full = f"{prefix}.{part}"
+            for part, tensor in _named(layer, self._quantized(weight)).items():
+                full = f"{path}.{part}"
                 out[full] = nn.Parameter(tensor, requires_grad=False)
                 if missing_keys is not None:
                     missing_keys.discard(full)
             layer._is_hf_initialized = True
         return out
+
+    def _quantized(self, weight: Tensor) -> QuantizedTensor:
+        config = self.config
+        return quantize(
+            weight.contiguous(), config.quant_type, config.blocksize, config.double_quant
+        )
+
+    def _stack(
+        self, model: Any, path: str, parameter: str, weight: Tensor, missing_keys: Any
+    ) -> None:
+        """Quantize a stack expert by expert; with the second one the experts change places.
+
+        Until then the model keeps its own, so that what a checkpoint lacks is reported as usual.
+        """
+        quantized = self.experts[path]
+        for layer, dense in zip(quantized.layers(parameter), weight, strict=True):
+            for part, tensor in _named(layer, self._quantized(dense)).items():
+                setattr(layer, part, nn.Parameter(tensor, requires_grad=False))
+            layer._is_hf_initialized = True  # type: ignore[assignment]
+        if any(tensor.device.type == "meta" for tensor in quantized.parameters()):
+            return
+        for tensor in quantized.parameters():
+            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+        quantized._is_hf_initialized = True  # type: ignore[assignment]
+        _replace(model, path, quantized)
+        for stack in STACKED:
+            if missing_keys is not None:
+                missing_keys.discard(f"{path}.{stack}")
 
 
 def _named(layer: nn.Module, q: QuantizedTensor) -> dict[str, Tensor]:
@@ -141,12 +170,27 @@ def _named(layer: nn.Module, q: QuantizedTensor) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in parts.items() if tensor is not None}
 
 
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    model.get_submodule(parent)._modules[name] = module
+
+
+def _makes_stacks(conversion: Any) -> bool:
+    targets = conversion.target_patterns if isinstance(conversion, WeightConverter) else []
+    return any(target.rpartition(".")[2] in STACKED for target in targets)
+
+
 class PeftkernQuantizer(HfQuantizer):
     """What transformers calls while it loads a model with a :class:`PeftkernConfig`."""
 
     requires_calibration = False
     quantization_config: PeftkernConfig
     _model: weakref.ref[nn.Module] | None = None
+    _experts: dict[str, QuantizedExperts]  # to take the places of dense ones, by path
+
+    def __init__(self, quantization_config: PeftkernConfig, **more: Any) -> None:
+        super().__init__(quantization_config, **more)
+        self._experts = {}
 
     @property
     def quantized_element_size(self) -> float:
@@ -155,12 +199,16 @@ class PeftkernQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **more: Any) -> bool:
         """Whether the tensor of this name is a weight still to be quantized."""
-        module, name = get_module_from_name(model, param_name)
-        return not self.pre_quantized and isinstance(module, QuantizedLinear) and name == "weight"
+        if self.pre_quantized:
+            return False
+        path, _, name = param_name.rpartition(".")
+        if path in self._experts:
+            return name in STACKED
+        return isinstance(model.get_submodule(path), QuantizedLinear) and name == "weight"
 
     def get_quantize_ops(self) -> Quantize:
         """The operation for one weight."""
-        return Quantize(self.quantization_config)
+        return Quantize(self.quantization_config, self._experts)
 
     def _process_model_before_weight_loading(self, model: Any, **more: Any) -> None:
         config = self.quantization_config
@@ -171,27 +219,41 @@ class PeftkernQuantizer(HfQuantizer):
             # Heads of encoders, which transformers' own rule for the last module misses.
             skip = [*skip, *(head for heads in TASK_HEADS.values() for head in heads)]
         self._model = weakref.ref(model)
+        self._experts = {}
         for name, module in list(model.named_modules()):
-            if not is_dense_linear(module) or own_forward(module):
-                continue
             if not should_convert_module(name, skip):
                 continue
-            parent, _, attribute = name.rpartition(".")
-            layer: nn.Module
-            if config.quant_type == "int8":
-                layer = Linear8bit.from_linear(module)
-            else:
-                layer = Linear4bit.from_linear(
-                    module, config.quant_type, config.blocksize, config.double_quant
-                )
-            layer._stored_transposed = is_conv1d(module)  # type: ignore[assignment]
-            model.get_submodule(parent)._modules[attribute] = layer
+            if is_experts(module):
+                experts = QuantizedExperts(module, self._layer)
+                if self.pre_quantized:
+                    _replace(model, name, experts)
+                else:
+                    self._experts[name] = experts
+            elif is_dense_linear(module) and not own_forward(module):
+                layer = self._layer(module)
+                layer._stored_transposed = is_conv1d(module)  # type: ignore[assignment]
+                _replace(model, name, layer)
+
+    def _layer(self, dense: nn.Module) -> QuantizedLinear:
+        config = self.quantization_config
+        if config.quant_type == "int8":
+            return Linear8bit.from_linear(dense)
+        return Linear4bit.from_linear(
+            dense, config.quant_type, config.blocksize, config.double_quant
+        )
 
     def _process_model_after_weight_loading(self, model: nn.Module, **more: Any) -> nn.Module:
         for module in model.modules():
             if isinstance(module, QuantizedLinear):
                 for tensor in module._stored_tensors().values():
                     tensor.requires_grad_(False)
+        if any(isinstance(module, QuantizedExperts) for module in model.modules()):
+            # Saving would turn stacks back into the checkpoint's layout, and quantized experts have
+            # the stacks' names; their own names load again as they are.
+            conversions = getattr(model, "_weight_conversions", None) or []
+            kept = [c for c in conversions if not _makes_stacks(c)]
+            model._weight_conversions = kept  # type: ignore[assignment]
+        self._experts = {}
         return model
 
     def is_serializable(self) -> bool:

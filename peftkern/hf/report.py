@@ -11,6 +11,7 @@ from torch import nn
 
 from peftkern import registry
 from peftkern.nn.adapter import TORCH, AdapterLayer
+from peftkern.nn.experts import STACKED, QuantizedExperts
 from peftkern.nn.prefix import PREFIX_LINK
 from peftkern.nn.quantized import QuantizedLinear
 
@@ -146,6 +147,8 @@ def serving_kernel(module: nn.Module, adapter_name: str) -> str:
             return "torch" if call == TORCH else f"torch, {call}"
     elif isinstance(module, QuantizedLinear):
         call = _quantized_call(module)
+    elif isinstance(module, QuantizedExperts):
+        call = _quantized_call(module.layers(STACKED[0])[0])
     else:
         return "torch"
     op, args = call

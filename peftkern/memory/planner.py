@@ -20,9 +20,9 @@ from peftkern.memory.methods import Method, method_for
 from peftkern.memory.shapes import (
     Group,
     example_inputs,
-    keep_layers,
     layer_groups,
     meta_model,
+    only_layers,
 )
 from peftkern.memory.trace import KernelsOf, trace_step
 from peftkern.nn.adapter import AdapterLayer
@@ -253,10 +253,9 @@ def plan(
     planned = _as_plan(label, batch, seq, found)
     if budget is None:
         return planned
-    smaller = _as_plan(label, max(1, batch // 2), seq, simulate.costs(max(1, batch // 2), seq))
-    other = planned
-    if smaller.batch == batch:
-        other = _as_plan(label, batch + 1, seq, simulate.costs(batch + 1, seq))
+    rows = 2 if batch == 1 else batch // 2
+    second = _as_plan(label, rows, seq, simulate.costs(rows, seq))
+    smaller, other = sorted((planned, second), key=lambda p: p.batch)
     rows = other.batch - smaller.batch
     slope = max(1.0, (other.device_bytes - smaller.device_bytes) / rows)
     fixed = smaller.device_bytes - slope * smaller.batch
@@ -300,8 +299,8 @@ class _Simulation:
         self.more = [(self._cut(model, groups, g), len(g.members) - 2) for g in repeated]
 
     def _cut(self, model: nn.Module, groups: list[Group], extra: Group | None) -> nn.Module:
-        twin = copy.deepcopy(model)
-        keep_layers(twin, groups, extra)
+        with only_layers(model, groups, extra):
+            twin = copy.deepcopy(model)
         self.method.apply(twin)
         twin.train()
         if self.checkpointing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 from collections.abc import Iterator, Sequence
@@ -170,18 +171,31 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     ]
 
 
-def keep_layers(model: nn.Module, groups: Sequence[Group], extra: Group | None) -> None:
-    """Cut every list to two layers of each kind, and to three of the kind ``extra``."""
+@contextlib.contextmanager
+def only_layers(
+    model: nn.Module, groups: Sequence[Group], extra: Group | None
+) -> Iterator[nn.Module]:
+    """The model with every list cut to two layers of each kind, and three of the kind ``extra``.
+
+    Every layer is back in its place at the end.
+    """
     wanted: dict[str, list[int]] = {}
     for group in groups:
         count = 3 if group is extra else 2
         wanted.setdefault(group.path, []).extend(group.members[:count])
-    for path, indices in wanted.items():
-        parent, _, name = path.rpartition(".")
-        owner = model.get_submodule(parent)
-        layers = owner._modules[name]
-        assert isinstance(layers, nn.ModuleList)
-        owner._modules[name] = nn.ModuleList(layers[i] for i in sorted(indices))
+    whole: list[tuple[nn.Module, str, nn.Module]] = []
+    try:
+        for path, indices in wanted.items():
+            parent, _, name = path.rpartition(".")
+            owner = model.get_submodule(parent)
+            layers = owner._modules[name]
+            assert isinstance(layers, nn.ModuleList)
+            whole.append((owner, name, layers))
+            owner._modules[name] = nn.ModuleList(layers[i] for i in sorted(indices))
+        yield model
+    finally:
+        for owner, name, layers in whole:
+            owner._modules[name] = layers
 
 
 def _outermost_lists(

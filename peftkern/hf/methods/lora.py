@@ -23,7 +23,7 @@ from peftkern.hf.rules import rule_for
 from peftkern.hf.targets import Choice, Site, by_pattern, excluded, matches
 from peftkern.nn.adapter import AdapterLayer
 from peftkern.nn.embedding import LoRAEmbedding
-from peftkern.nn.experts import is_experts
+from peftkern.nn.experts import STACKED, QuantizedExperts, is_experts
 from peftkern.nn.lora import LoRALinear
 from peftkern.nn.lora_init import changes_base, check_initialisation, check_loftq
 from peftkern.nn.parameter_lora import LoRAParameters
@@ -195,9 +195,8 @@ def _plan_parameters(planning: Planning, config: LoRAConfig) -> list[Site]:
         base = site.module.base_layer if isinstance(site.module, LoRAParameters) else site.module
         assert isinstance(base, nn.Module)
         own = []
-        for parameter in (*base._parameters, *(n for n, _ in base.named_children())):
-            if not isinstance(site.module, LoRAParameters) and parameter not in base._parameters:
-                continue
+        stacks = STACKED if isinstance(base, QuantizedExperts) else ()
+        for parameter in (*base._parameters, *stacks):
             hits = [w for w in wanted if any(matches((w,), f"{n}.{parameter}") for n in site.names)]
             found.update(dict.fromkeys(hits, True))
             if hits:
