@@ -469,3 +469,28 @@ def test_bitsandbytes_layers_are_taken_over_without_copying() -> None:
     eight.weight = dense
     taken = Linear8bit.from_bnb(eight)
     assert taken.weight.data_ptr() == dense.data.data_ptr()
+
+
+def test_only_adapters_that_are_there_are_merged() -> None:
+    """An unknown name is an error of every kind of adapter; other layers' active ones are not."""
+    index = torch.arange(4)
+    layers = [
+        pk.nn.LoRALinear(torch.nn.Linear(8, 6), r=2),
+        pk.nn.IA3Linear(torch.nn.Linear(8, 6)),
+        pk.nn.SparseDeltaLinear(torch.nn.Linear(8, 6), index),
+        pk.nn.LoRAEmbedding(torch.nn.Embedding(8, 6), r=2),
+        pk.nn.LoRAParameters(torch.nn.Linear(8, 6), ["weight"], r=2),
+    ]
+    for layer in layers:
+        with pytest.raises(ValueError, match=r"no adapter 'other' here; there are: default"):
+            layer.merge(["other"])
+        assert not layer.merged
+        layer.set_adapter(["other"])
+        assert layer.merge() == 0.0
+        assert not layer.merged
+        layer.merge(["default"])
+        assert layer.merged
+        with pytest.raises(RuntimeError, match="merged already"):
+            layer.merge(["default"])
+        layer.unmerge()
+        assert not layer.merged

@@ -138,6 +138,27 @@ class AdapterLayer(nn.Module):
         """
         raise ValueError(f"{type(self).__name__} adapters cannot be merged into the base weights")
 
+    def _names_to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
+        """The adapters that :meth:`merge` is asked for: the active ones that are here, or these.
+
+        Raises:
+            ValueError: one is not here.
+            RuntimeError: adapters are merged already.
+        """
+        if self.merged:
+            raise RuntimeError(
+                f"adapters {', '.join(self.merged_adapters)} are merged already; unmerge first"
+            )
+        known = self.adapter_names
+        if adapter_names is None:
+            return [name for name in self._active_adapter if name in known]
+        for name in adapter_names:
+            if name not in known:
+                raise ValueError(
+                    f"adapter_names: no adapter {name!r} here; there are: {', '.join(known)}"
+                )
+        return list(adapter_names)
+
     def unmerge(self) -> None:
         """Put the base weight back exactly as it was; does nothing when nothing is merged."""
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as tnf
 
-from peftkern.nn.adapter import AdapterLayer, check_adapter_name
+from peftkern.nn.adapter import check_adapter_name
 from peftkern.nn.lora_init import check_initialisation
-from peftkern.nn.merging import Merged, merge_into, unmerge_from
 from peftkern.nn.rows import by_rows
+from peftkern.nn.weight_adapter import WeightAdapter
 
 
-class LoRAEmbedding(AdapterLayer):
+class LoRAEmbedding(WeightAdapter):
     """``y = base(ids) + scaling * A^T[ids] B^T`` for every active adapter.
 
     Args:
@@ -67,7 +66,6 @@ class LoRAEmbedding(AdapterLayer):
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.use_rslora: dict[str, bool] = {}
-        self._merge: Merged | None = None
         self.training = base_layer.training
         self.add_adapter(adapter_name, r, lora_alpha, use_rslora, init_lora_weights, lora_dtype)
 
@@ -155,54 +153,6 @@ class LoRAEmbedding(AdapterLayer):
         """The update of one adapter as the table is stored: fp32 [vocabulary, width]."""
         down, up = self.factors(name)
         return (up.float() @ down.float()).t() * self.scaling[name]
-
-    @torch.no_grad()
-    def merge(
-        self, adapter_names: list[str] | None = None, max_error: float | None = None
-    ) -> float:
-        """Write adapters into the table; a tied output layer keeps the table as it was.
-
-        Args:
-            adapter_names: which; the active ones when left out.
-            max_error: refuse when rounding would lose more than this share of the update.
-
-        Returns:
-            ||written - (base + update)|| / ||update||.
-
-        Raises:
-            ValueError: an unknown adapter, a non-finite update, or an error above ``max_error``.
-            RuntimeError: adapters are merged already.
-        """
-        if self.merged:
-            raise RuntimeError(
-                f"adapters {', '.join(self.merged_adapters)} are merged already; unmerge first"
-            )
-        names = self.active_adapters if adapter_names is None else list(adapter_names)
-        names = [name for name in names if name in self.lora_embedding_A]
-        if not names:
-            return 0.0
-        delta = self.delta_weight(names[0])
-        for name in names[1:]:
-            delta += self.delta_weight(name)
-        self._merge = merge_into(self.base_layer, delta, max_error)
-        self.merged_adapters = names
-        return self._merge.error
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put the table back exactly as it was; does nothing when nothing is merged."""
-        if self._merge is not None:
-            unmerge_from(self.base_layer, self._merge)
-        self._merge = None
-        self.merged_adapters = []
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("_") or "base_layer" not in self.__dict__.get("_modules", {}):
-                raise
-            return getattr(self.base_layer, name)
 
     def extra_repr(self) -> str:
         active = ",".join(self._active_adapter)

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkern.nn.adapter import TORCH, AdapterLayer, check_adapter_name
-from peftkern.nn.merging import Merged, merge_into, unmerge_from
+from peftkern.nn.adapter import TORCH, check_adapter_name
 from peftkern.nn.quantized import QuantizedLinear
 from peftkern.nn.rows import by_rows
 from peftkern.nn.structure import (
@@ -18,11 +17,11 @@ from peftkern.nn.structure import (
     features,
     is_conv1d,
     is_dense_linear,
-    own_forward,
 )
+from peftkern.nn.weight_adapter import WeightAdapter
 
 
-class IA3Linear(AdapterLayer):
+class IA3Linear(WeightAdapter):
     """``y = l * base(x)``, or ``y = base(l * x)`` for feed-forward layers.
 
     (IA)^3, arXiv 2205.05638; the factors of several active adapters multiply.
@@ -68,7 +67,6 @@ class IA3Linear(AdapterLayer):
         self.base_layer = base_layer.requires_grad_(False)
         self.is_feedforward = bool(is_feedforward)
         self.ia3_l = nn.ParameterDict()
-        self._merge: Merged | None = None
         self.training = base_layer.training
         self.add_adapter(adapter_name, is_feedforward, init_ia3_weights, ia3_dtype)
 
@@ -150,67 +148,20 @@ class IA3Linear(AdapterLayer):
                 product = own if product is None else product * own
         return product
 
-    @torch.no_grad()
-    def merge(
-        self, adapter_names: list[str] | None = None, max_error: float | None = None
-    ) -> float:
-        """Multiply adapters into the base weight (and, where the output is scaled, its bias).
-
-        Args:
-            adapter_names: which; the active ones when left out.
-            max_error: refuse before writing when rounding to the base's dtype or format would
-                lose more than this share of the update.
-
-        Returns:
-            ||written - (base + update)|| / ||update||: what rounding lost.
-
-        Raises:
-            ValueError: an unknown adapter, a non-finite update, or an error above ``max_error``.
-            RuntimeError: adapters are merged already, or the base computes a forward of its own.
-        """
-        if self.merged:
-            raise RuntimeError(
-                f"adapters {', '.join(self.merged_adapters)} are merged already; unmerge first"
-            )
+    def change(self, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """What scaling by these factors adds to the weight and, where the output is, the bias."""
         base = self.base_layer
-        if not isinstance(base, QuantizedLinear) and own_forward(base):
-            raise RuntimeError(
-                f"{type(base).__name__} computes a forward of its own; its adapters cannot be "
-                "merged into its weight"
-            )
-        names = self.active_adapters if adapter_names is None else list(adapter_names)
-        names = [name for name in names if name in self.ia3_l]
         factor = self._factor(names)
-        if factor is None:
-            return 0.0
+        assert factor is not None
         change = factor.float() - 1.0
         if isinstance(base, QuantizedLinear):
             weight = base.dequantize(torch.float32)
         else:
             weight = dense_weight(base).float()
-        delta = weight * (change if self.is_feedforward else change[:, None])
-        update: Tensor | None = None
-        if isinstance(base.bias, Tensor) and not self.is_feedforward:
-            update = base.bias.float() * change
-        self._merge = merge_into(base, delta, max_error, update)
-        self.merged_adapters = names
-        return self._merge.error
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put the base back exactly as it was; does nothing when nothing is merged."""
-        if self._merge is not None:
-            unmerge_from(self.base_layer, self._merge)
-        self._merge = None
-        self.merged_adapters = []
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("_") or "base_layer" not in self.__dict__.get("_modules", {}):
-                raise
-            return getattr(self.base_layer, name)
+        if self.is_feedforward:
+            return weight * change, None
+        bias = base._parameters["bias"]
+        return weight * change[:, None], None if bias is None else bias.float() * change
 
     def extra_repr(self) -> str:
         active = ",".join(self._active_adapter)

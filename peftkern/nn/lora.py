@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftkern import functional
 from peftkern.functional.arguments import FrozenBase
-from peftkern.nn.adapter import AdapterLayer, check_adapter_name
+from peftkern.nn.adapter import check_adapter_name
 from peftkern.nn.lora_init import (
     changes_base,
     check_initialisation,
@@ -19,7 +19,6 @@ from peftkern.nn.lora_init import (
     split_base,
 )
 from peftkern.nn.magnitude import Magnitude
-from peftkern.nn.merging import Merged, merge_into, unmerge_from
 from peftkern.nn.quantized import QuantizedLinear
 from peftkern.nn.rows import RowChoice, by_rows
 from peftkern.nn.shared import SharedInput
@@ -32,10 +31,11 @@ from peftkern.nn.structure import (
     is_dense_linear,
     own_forward,
 )
+from peftkern.nn.weight_adapter import WeightAdapter
 from peftkern.quant import QuantizedTensor
 
 
-class LoRALinear(AdapterLayer):
+class LoRALinear(WeightAdapter):
     """``y = base(x) + scaling * dropout(x) A^T B^T`` for every active adapter.
 
     Args:
@@ -130,7 +130,6 @@ class LoRALinear(AdapterLayer):
         self.lora_bias: dict[str, bool] = {}
         # What an adapter took out of the base weight, for conversion to a plain one.
         self.taken: dict[str, tuple[str, Tensor, Tensor]] = {}
-        self._merge: Merged | None = None
         # A subclass with a forward of its own is called; reading its weight would skip its maths.
         plain = isinstance(base_layer, QuantizedLinear) or not own_forward(base_layer)
         self._reads_weight = plain
@@ -445,62 +444,21 @@ class LoRALinear(AdapterLayer):
         down, up = self.factors(name)
         return (up.float() @ down.float()) * self.scaling[name]
 
-    @torch.no_grad()
-    def merge(
-        self, adapter_names: list[str] | None = None, max_error: float | None = None
-    ) -> float:
-        """Write adapters into the base weight, so that they cost nothing at inference.
-
-        Args:
-            adapter_names: which; the active ones when left out.
-            max_error: refuse before writing when rounding to the base's dtype or format would
-                lose more than this share of the update.
-
-        Returns:
-            ||written - (base + update)|| / ||update||: what rounding lost.
-
-        Raises:
-            ValueError: an unknown adapter, a non-finite update, or an error above ``max_error``.
-            RuntimeError: adapters are merged already.
-        """
-        if self.merged:
-            raise RuntimeError(
-                f"adapters {', '.join(self.merged_adapters)} are merged already; unmerge first"
-            )
-        if not self._reads_weight:
-            raise RuntimeError(
-                f"{type(self.base_layer).__name__} computes a forward of its own; its adapters "
-                "cannot be merged into its weight"
-            )
-        names = self.active_adapters if adapter_names is None else list(adapter_names)
-        if adapter_names is None:
-            names = [name for name in names if name in self.lora_A]
-        for name in names:
-            if name not in self.lora_A:
-                known = ", ".join(self.adapter_names)
-                raise ValueError(f"adapter_names: no adapter {name!r} here; there are: {known}")
-        if not names:
-            return 0.0
+    def change(self, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """What these adapters, in this order, add to the base's weight and bias, fp32."""
         biased = [name for name in names if self.lora_bias[name]]
         if biased and self.bias is None:
             raise ValueError(
                 f"adapter {biased[0]!r} has a bias (lora_bias), but the base layer has none to "
                 "merge it into"
             )
-        update = None
-        if biased:
-            update = torch.stack([self._bias_term(name).float() for name in biased]).sum(0)
-        self._merge = merge_into(self.base_layer, self._update(names), max_error, update)
-        self.merged_adapters = names
-        return self._merge.error
+        terms = [self._bias_term(name).float() for name in biased]
+        return self._update(names), torch.stack(terms).sum(0) if terms else None
 
     def _update(self, names: Sequence[str]) -> Tensor:
         """What these adapters, in this order, add to the base weight: fp32 [out, in]."""
-        delta = self.delta_weight(names[0])
         if not any(self.use_dora[name] for name in names):
-            for name in names[1:]:
-                delta += self.delta_weight(name)
-            return delta
+            return super().change(names)[0]
         frozen = self._frozen
         dense = frozen.dequantize(torch.float32) if isinstance(frozen, QuantizedTensor) else frozen
         base = dense.float()
@@ -512,22 +470,6 @@ class LoRALinear(AdapterLayer):
                 norm = magnitude.norm(frozen, *self.factors(name), self.scaling[name])
                 merged = (magnitude.weight.float() / norm.float())[:, None] * merged
         return merged - base
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put the base weight back exactly as it was; does nothing when nothing is merged."""
-        if self._merge is not None:
-            unmerge_from(self.base_layer, self._merge)
-        self._merge = None
-        self.merged_adapters = []
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("_") or "base_layer" not in self.__dict__.get("_modules", {}):
-                raise
-            return getattr(self.base_layer, name)
 
     def extra_repr(self) -> str:
         active = ",".join(self._active_adapter)

@@ -284,17 +284,7 @@ class LoRAParameters(AdapterLayer):
                 nothing has been written then.
             RuntimeError: adapters are merged already.
         """
-        if self.merged:
-            raise RuntimeError(
-                f"adapters {', '.join(self.merged_adapters)} are merged already; unmerge first"
-            )
-        names = self.active_adapters if adapter_names is None else list(adapter_names)
-        if adapter_names is None:
-            names = [name for name in names if name in self.lora_A]
-        for name in names:
-            if name not in self.lora_A:
-                known = ", ".join(self.adapter_names)
-                raise ValueError(f"adapter_names: no adapter {name!r} here; there are: {known}")
+        names = self._names_to_merge(adapter_names)
         if not names:
             return 0.0
         worst = 0.0

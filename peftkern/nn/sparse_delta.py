@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkern import functional
-from peftkern.nn.adapter import AdapterLayer, check_adapter_name
-from peftkern.nn.merging import Merged, merge_into, unmerge_from
+from peftkern.nn.adapter import check_adapter_name
 from peftkern.nn.quantized import QuantizedLinear
 from peftkern.nn.rows import by_rows
 from peftkern.nn.structure import (
@@ -22,6 +21,7 @@ from peftkern.nn.structure import (
     is_dense_linear,
     own_forward,
 )
+from peftkern.nn.weight_adapter import WeightAdapter
 
 _SPAN = 1 << 20  # products that the path beside a foreign forward holds at a time
 
@@ -47,7 +47,7 @@ class SparseEntries(nn.Module):
         return f"entries={self.values.numel()}"
 
 
-class SparseDeltaLinear(AdapterLayer):
+class SparseDeltaLinear(WeightAdapter):
     """``y = x (W + scatter(values))ᵀ + bias`` over a frozen layer, for every active adapter.
 
     Only ``values`` [k] has a gradient and optimizer state; the gradient of W is sampled at the k
@@ -90,7 +90,6 @@ class SparseDeltaLinear(AdapterLayer):
         super().__init__()
         self.base_layer = base_layer.requires_grad_(False)
         self.sparse_delta = nn.ModuleDict()
-        self._merge: Merged | None = None
         self._reads_weight = isinstance(base_layer, QuantizedLinear) or not own_forward(base_layer)
         self.training = base_layer.training
         self.add_adapter(indices, adapter_name, values_dtype)
@@ -226,63 +225,6 @@ class SparseDeltaLinear(AdapterLayer):
         delta = torch.zeros(self.out_features * self.in_features, device=values.device)
         delta[indices] = values.float()
         return delta.view(self.out_features, self.in_features)
-
-    def merge(
-        self, adapter_names: list[str] | None = None, max_error: float | None = None
-    ) -> float:
-        """Write adapters into the base weight, so that they cost nothing at inference.
-
-        Args:
-            adapter_names: which; the active ones when left out.
-            max_error: refuse before writing when rounding to the base's dtype or format would
-                lose more than this share of the update.
-
-        Returns:
-            ||written - (base + update)|| / ||update||: what rounding lost.
-
-        Raises:
-            ValueError: an unknown adapter, a non-finite update, or an error above ``max_error``.
-            RuntimeError: adapters are merged already, or the base has a forward of its own.
-        """
-        if self.merged:
-            raise RuntimeError(
-                f"adapters {', '.join(self.merged_adapters)} are merged already; unmerge first"
-            )
-        if not self._reads_weight:
-            raise RuntimeError(
-                f"{type(self.base_layer).__name__} computes a forward of its own; its adapters "
-                "cannot be merged into its weight"
-            )
-        names = self.active_adapters if adapter_names is None else list(adapter_names)
-        if adapter_names is None:
-            names = [name for name in names if name in self.sparse_delta]
-        for name in names:
-            if name not in self.sparse_delta:
-                known = ", ".join(self.adapter_names)
-                raise ValueError(f"adapter_names: no adapter {name!r} here; there are: {known}")
-        if not names:
-            return 0.0
-        delta = self.delta_weight(names[0])
-        for name in names[1:]:
-            delta += self.delta_weight(name)
-        self._merge = merge_into(self.base_layer, delta, max_error)
-        self.merged_adapters = names
-        return self._merge.error
-
-    def unmerge(self) -> None:
-        """Put the base weight back exactly as it was; does nothing when nothing is merged."""
-        if self._merge is not None:
-            unmerge_from(self.base_layer, self._merge)
-        self._merge = None
-        self.merged_adapters = []
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("_") or "base_layer" not in self.__dict__.get("_modules", {}):
-                raise
-            return getattr(self.base_layer, name)
 
     def extra_repr(self) -> str:
         state = ", disabled" if self._disable_adapters else ", merged" if self.merged else ""
