@@ -24,7 +24,7 @@ PYTEST := OMP_NUM_THREADS=$(THREADS) $(PY) -m pytest
 BENCH := $(PY) -m pytest bench --benchmark-only
 
 .PHONY: help venv build demo test test-fast lint format bench bench-quick report docs aot-report clean
-.PHONY: gpu gpu-test gpu-bench fuzz crash
+.PHONY: gpu gpu-test gpu-bench fuzz crash sanitize
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -124,6 +124,9 @@ fuzz: $(STAMP)-test ## random operations and broken files (FUZZ_MINUTES=3)
 
 crash: $(STAMP)-test ## kill paged training steps at random points
 	$(PY) -m bench.crash $(ARGS)
+
+sanitize: $(STAMP)-test ## native code under sanitizers and valgrind (ARGS="driver threads ...")
+	$(PY) -m bench.sanitize $(ARGS)
 
 docs: $(STAMP)-docs ## the documentation as a site, build/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(ARGS)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import functools
+import os
 import re
 import shutil
 import subprocess
@@ -40,7 +41,12 @@ ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 COMPILER = shutil.which("g++")
 FLAGS = "-std=c++17 -O1 -g0 -fPIC -ffp-contract=off -fno-strict-aliasing -Wall -Wextra".split()
-KERNEL_FLAGS = [*FLAGS, "-Wno-unknown-pragmas", "-DPK_SIMT", "-fsanitize=thread"]
+# `make sanitize` adds a sanitizer. The thread sanitizer's calls are the executor's view of memory;
+# they cannot be had together with the address sanitizer's, which looks at local arrays instead.
+SANITIZER = os.environ.get("SIMT_SANITIZER", "")
+FLAGS += [f"-fsanitize={SANITIZER}", "-g1"] if SANITIZER else []
+KERNEL_FLAGS = [*FLAGS, "-Wno-unknown-pragmas", "-DPK_SIMT"]
+KERNEL_FLAGS += [] if SANITIZER == "address" else ["-fsanitize=thread"]
 KERNEL_FLAGS += ["-I", str(CSRC / "cuda"), "-x", "c++"]
 SCHEDULES = {"ascending": 0, "descending": 1, "random": 2, "starving": 3}
 FAULT = 900
@@ -91,7 +97,8 @@ def _build(*sources: Path) -> ctypes.CDLL:
             objects.append(folder / f"{i}.o")
             _compile(source, objects[-1], KERNEL_FLAGS)
         target = folder / "simt.so"
-        command = [str(COMPILER), "-shared", "-Wl,-z,defs", "-o", str(target), *map(str, objects)]
+        link = [f"-fsanitize={SANITIZER}"] if SANITIZER else ["-Wl,-z,defs"]
+        command = [str(COMPILER), "-shared", *link, "-o", str(target), *map(str, objects)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         library = ctypes.CDLL(str(target))

@@ -14,10 +14,20 @@
 
 #include "memory.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <pthread.h>
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
 namespace simt {
 namespace {
 
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t kStack = 512 * 1024; // room for red zones
+#else
 constexpr size_t kStack = 128 * 1024;
+#endif
 constexpr size_t kPage = 4096; // below each stack, never accessible
 
 enum class Wait { kNothing, kBlock, kWarp, kCondition, kEnd };
@@ -131,6 +141,29 @@ void describe_deadlock() {
     failed = true;
 }
 
+// From one stack to another; `to` is null for the host's.
+void switch_stack(ucontext_t* from, Fiber* to) {
+    ucontext_t* target = to != nullptr ? &to->context : &host;
+#if defined(__SANITIZE_ADDRESS__)
+    static void* host_stack = nullptr;
+    static size_t host_size = 0;
+    if (host_stack == nullptr) {
+        pthread_attr_t attributes;
+        if (pthread_getattr_np(pthread_self(), &attributes) != 0 ||
+            pthread_attr_getstack(&attributes, &host_stack, &host_size) != 0)
+            abort(); // a test tool that does not know its stack
+        pthread_attr_destroy(&attributes);
+    }
+    void* fake = nullptr;
+    __sanitizer_start_switch_fiber(&fake, to != nullptr ? to->stack : host_stack,
+                                   to != nullptr ? kStack : host_size);
+    swapcontext(from, target);
+    __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#else
+    swapcontext(from, target);
+#endif
+}
+
 void switch_to_next() {
     Fiber* from = running;
     int next = failed ? -1 : pick();
@@ -140,16 +173,19 @@ void switch_to_next() {
         if (!failed)
             describe_deadlock();
         running = nullptr;
-        swapcontext(&from->context, &host);
+        switch_stack(&from->context, nullptr);
         return; // never: the host does not come back
     }
     if (&fibers[(size_t)next] == from)
         return;
     running = &fibers[(size_t)next];
-    swapcontext(&from->context, &running->context);
+    switch_stack(&from->context, running);
 }
 
 void fiber_main() {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
+#endif
     kernel_entry(kernel_parameters);
     running->wait = Wait::kEnd;
     switch_to_next();
@@ -163,6 +199,9 @@ void prepare(Fiber& f, int thread) {
             abort(); // a test tool without memory for its stacks
         f.stack = (char*)memory + kPage;
     }
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(f.stack, kStack); // frames of what ran here before
+#endif
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack;
     f.context.uc_stack.ss_size = kStack;
@@ -187,7 +226,7 @@ void run_block(size_t shared_bytes) {
     }
     running = nullptr;
     running = &fibers[(size_t)pick()];
-    swapcontext(&host, &running->context);
+    switch_stack(&host, running);
     running = nullptr;
 }
 
@@ -243,7 +282,7 @@ void fail(const char* format, ...) {
     if (running != nullptr) {
         Fiber* from = running;
         running = nullptr;
-        swapcontext(&from->context, &host);
+        switch_stack(&from->context, nullptr);
     }
     abort(); // a kernel that failed is never resumed
 }

@@ -288,7 +288,7 @@ void prefix_forward_body(void* context, Queue* queue) {
     const PrefixAttention& a = *task.a;
     AttScratch scratch_space = {(float*)scratch(forward_floats(a) * sizeof(float))};
     if (scratch_space.next == nullptr) {
-        task.status = kNoMemory;
+        __atomic_store_n(&task.status, (int)kNoMemory, __ATOMIC_RELAXED);
         return;
     }
     float* tile = scratch_space.take(kAttKeys * a.padded);
@@ -464,7 +464,7 @@ void prefix_backward_body(void* context, Queue* queue) {
     const PrefixAttention& a = *task.a;
     AttScratch space = {(float*)scratch(backward_floats(a) * sizeof(float))};
     if (space.next == nullptr) {
-        task.status = kNoMemory;
+        __atomic_store_n(&task.status, (int)kNoMemory, __ATOMIC_RELAXED);
         return;
     }
     int64_t all_rows = a.queries * a.group, before = tiles_of(a.prefix);
