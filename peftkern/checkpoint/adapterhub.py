@@ -17,7 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkern.checkpoint.files import open_safetensors, read_json, write_json, write_safetensors
+from peftkern.checkpoint.files import (
+    current,
+    json_bytes,
+    open_safetensors,
+    read_json,
+    safetensors_bytes,
+    write_together,
+)
 from peftkern.checkpoint.peft_common import some
 from peftkern.hf.config import BASE_OPTIONS
 from peftkern.hf.methods.bottleneck import BottleneckConfig, adapter_state, places_of
@@ -71,7 +78,7 @@ _MOVED: dict[str, tuple[tuple[str, str], ...]] = {
 
 def is_adapterhub(folder: Path) -> bool:
     """Whether a directory holds an adapter in this layout."""
-    config = folder / CONFIG_NAME
+    config = current(folder, CONFIG_NAME)
     if not config.is_file():
         return False
     fields = read_json(config)
@@ -104,13 +111,13 @@ def save(model: nn.Module, path: str | Path, adapter_names: Sequence[str]) -> No
             raise NotADirectoryError(f"path: {folder} is a file, expected a directory")
         folder.mkdir(parents=True, exist_ok=True)
         tensors = adapter_tensors(model, sites, name, name)
-        # Weights first: a config without weights is the confusing half of an interrupted save.
-        write_safetensors(folder / WEIGHTS_NAME, tensors)
-        copies = _copies(sites, name)
-        if copies:
+        files: dict[str, bytes | None] = {WEIGHTS_NAME: safetensors_bytes(tensors)}
+        files[SAVED_NAME] = None
+        if copies := _copies(sites, name):
             modules = json.dumps(list(config.saved_names))
-            write_safetensors(folder / SAVED_NAME, copies, {"modules_to_save": modules})
-        write_json(folder / CONFIG_NAME, _to_fields(model, config, name))
+            files[SAVED_NAME] = safetensors_bytes(copies, {"modules_to_save": modules})
+        files[CONFIG_NAME] = json_bytes(_to_fields(model, config, name))
+        write_together(folder, files)
 
 
 def load(
@@ -125,7 +132,7 @@ def load(
 
     See :func:`peftkern.load_adapter` for the arguments.
     """
-    fields, where = read_json(folder / CONFIG_NAME), str(folder / CONFIG_NAME)
+    fields, where = read_json(current(folder, CONFIG_NAME)), str(folder / CONFIG_NAME)
     values = _read_weights(folder, allow_pickle)
     saved, saved_values = _read_saved(folder)
     config = from_fields(fields, where, {**options, "modules_to_save": saved or None})
@@ -276,8 +283,8 @@ def _check_same(have: object, wanted: BottleneckConfig, adapter_name: str) -> No
 
 
 def _read_weights(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
-    if (folder / WEIGHTS_NAME).is_file():
-        with open_safetensors(folder / WEIGHTS_NAME) as file:
+    if current(folder, WEIGHTS_NAME).is_file():
+        with open_safetensors(current(folder, WEIGHTS_NAME)) as file:
             return {key: file.get_tensor(key) for key in file.keys()}
     if not (folder / PICKLED_NAME).is_file():
         raise FileNotFoundError(f"path: no {WEIGHTS_NAME} and no {PICKLED_NAME} in {folder}")
@@ -294,9 +301,9 @@ def _read_weights(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
 
 
 def _read_saved(folder: Path) -> tuple[list[str], dict[str, Tensor]]:
-    if not (folder / SAVED_NAME).is_file():
+    if not current(folder, SAVED_NAME).is_file():
         return [], {}
-    with open_safetensors(folder / SAVED_NAME) as file:
+    with open_safetensors(current(folder, SAVED_NAME)) as file:
         names = json.loads((file.metadata() or {}).get("modules_to_save", "[]"))
         return names, {key: file.get_tensor(key) for key in file.keys()}
 

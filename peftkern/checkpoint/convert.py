@@ -12,7 +12,13 @@ from torch import Tensor
 
 from peftkern.checkpoint import adapterhub, peft_lora
 from peftkern.checkpoint.codecs import codec_for
-from peftkern.checkpoint.files import read_json, write_json, write_safetensors
+from peftkern.checkpoint.files import (
+    current,
+    json_bytes,
+    read_json,
+    safetensors_bytes,
+    write_together,
+)
 from peftkern.checkpoint.peft_common import some
 from peftkern.checkpoint.peft_format import (
     _COMPACT,
@@ -69,7 +75,7 @@ def convert_adapter(
     folder, target = Path(source), Path(output)
     if to not in LAYOUTS:
         raise ValueError(f"to: got {to!r}, expected one of {', '.join(LAYOUTS)}")
-    if not (folder / CONFIG_NAME).is_file():
+    if not current(folder, CONFIG_NAME).is_file():
         raise ValueError(f"source: {folder} holds no {CONFIG_NAME}")
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"output: {target} is a file, expected a directory")
@@ -92,18 +98,18 @@ def convert_adapter(
             "peftkern_storage": compact,
         }
     target.mkdir(parents=True, exist_ok=True)
-    write_safetensors(target / WEIGHTS_NAME, stored, metadata)
-    write_json(target / CONFIG_NAME, fields)
+    weights = safetensors_bytes(stored, metadata)
+    write_together(target, {WEIGHTS_NAME: weights, CONFIG_NAME: json_bytes(fields)})
     return report
 
 
 def _read_peft(folder: Path, allow_pickle: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    fields = read_json(folder / CONFIG_NAME)
+    fields = read_json(current(folder, CONFIG_NAME))
     kind = str(fields.get("peft_type"))
     if kind.startswith(_COMPACT):
         fields = fields | {"peft_type": kind.removeprefix(_COMPACT)}
     fields.pop("peftkern_storage", None)
-    path = folder / WEIGHTS_NAME
+    path = current(folder, WEIGHTS_NAME)
     if path.is_file():
         with StoredTensors(path) as stored:
             return fields, {key: stored.get(key) for key in stored.shapes()}
@@ -124,7 +130,7 @@ def _read_peft(folder: Path, allow_pickle: bool) -> tuple[dict[str, Any], dict[s
 def _from_adapterhub(
     folder: Path, prefix: str, allow_pickle: bool
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    where = folder / CONFIG_NAME
+    where = current(folder, CONFIG_NAME)
     fields = read_json(where)
     config = fields["config"]
     if config.get("architecture") != "lora":
@@ -253,5 +259,5 @@ def _write_adapterhub(
         "version": "adapters.1.3.0",
     }
     target.mkdir(parents=True, exist_ok=True)
-    write_safetensors(target / adapterhub.WEIGHTS_NAME, out)
-    write_json(target / CONFIG_NAME, about)
+    weights = safetensors_bytes(out)
+    write_together(target, {adapterhub.WEIGHTS_NAME: weights, CONFIG_NAME: json_bytes(about)})

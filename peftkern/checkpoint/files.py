@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import tempfile
+import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+JOURNAL = ".peftkern_save.json"
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -21,33 +25,101 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises:
         OSError: the directory cannot be written to; the old file is untouched.
     """
-    fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = _write_beside(path, data)
     try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     _sync_directory(path.parent)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON as PEFT does: two spaces, sorted keys."""
-    write_atomically(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+def write_together(folder: Path, files: Mapping[str, bytes | None]) -> None:
+    """Replace files that belong together: a crash at any moment leaves all old or all new.
 
-
-def write_safetensors(
-    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
-) -> None:
-    """Write tensors as safetensors with the metadata that transformers and PEFT expect.
+    Everything is written beside first; a journal that names it is the moment of the change, and
+    the renames that follow it can be made up for by :func:`current` and by the next save.
 
     Args:
-        path: the file to make or replace.
-        tensors: its tensors; views and tied ones are written out in full.
+        folder: where.
+        files: name -> content; ``None`` for a file that is no longer there.
+
+    Raises:
+        OSError: the directory cannot be written to; the old files are untouched.
+    """
+    _finish(folder)
+    gone = [name for name, data in files.items() if data is None]
+    held = {name: data for name, data in files.items() if data is not None}
+    if len(held) == 1 and not any((folder / name).exists() for name in gone):
+        for name, data in held.items():
+            write_atomically(folder / name, data)
+        return
+    beside: dict[str, str] = {}
+    try:
+        for name, data in held.items():
+            beside[name] = _write_beside(folder / name, data).name
+        journal = {"new": beside, "gone": gone}
+        write_atomically(folder / JOURNAL, json.dumps(journal).encode())
+    except BaseException:
+        for temporary in (JOURNAL, *beside.values()):
+            (folder / temporary).unlink(missing_ok=True)
+        raise
+    _finish(folder)
+
+
+def current(folder: Path, name: str) -> Path:
+    """Where the content of a file is now: beside it, if a save was cut short after its change."""
+    journal = _journal(folder)
+    if name in journal["gone"]:
+        return folder / f"{JOURNAL}.gone"  # never there
+    beside = folder / journal["new"].get(name, name)
+    return beside if beside.is_file() else folder / name
+
+
+def _journal(folder: Path) -> dict[str, Any]:
+    try:
+        found = read_json(folder / JOURNAL)
+    except (FileNotFoundError, NotADirectoryError):
+        return {"new": {}, "gone": []}
+    new, gone = found.get("new"), found.get("gone")
+    if isinstance(new, dict) and new and isinstance(gone, list):
+        # Names of this folder alone: an adapter from a stranger may bring a journal too.
+        names = [*new, *new.values(), *gone]
+        if all(isinstance(n, str) and n not in ("", ".", "..") and "/" not in n for n in names):
+            return {"new": new, "gone": gone}
+    raise ValueError(f"{folder / JOURNAL}: not the journal of a save")
+
+
+def _finish(folder: Path) -> None:
+    """Do the renames of a journal, and remove it."""
+    journal = _journal(folder)
+    if not journal["new"]:
+        return
+    for name, temporary in journal["new"].items():
+        with contextlib.suppress(FileNotFoundError):  # renamed before the crash
+            os.replace(folder / temporary, folder / name)
+    for name in journal["gone"]:
+        (folder / name).unlink(missing_ok=True)
+    _sync_directory(folder)
+    (folder / JOURNAL).unlink(missing_ok=True)
+    _sync_directory(folder)
+
+
+def json_bytes(value: Any) -> bytes:
+    """JSON as PEFT writes it: two spaces, sorted keys."""
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON as PEFT does."""
+    write_atomically(path, json_bytes(value))
+
+
+def safetensors_bytes(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """Tensors as a safetensors file with the metadata that transformers and PEFT expect.
+
+    Args:
+        tensors: by name; views and tied ones are written out in full.
         metadata: further entries of the header.
 
     Raises:
@@ -63,7 +135,15 @@ def write_safetensors(
             value = value.clone()
         seen.add(value.untyped_storage().data_ptr())
         ready[key] = value
-    write_atomically(path, save(ready, metadata={"format": "pt", **(metadata or {})}))
+    data: bytes = save(ready, metadata={"format": "pt", **(metadata or {})})
+    return data
+
+
+def write_safetensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write :func:`safetensors_bytes` to the file to make or replace."""
+    write_atomically(path, safetensors_bytes(tensors, metadata))
 
 
 def open_safetensors(path: Path) -> Any:
@@ -106,10 +186,19 @@ def _safetensors() -> Any:
     return safetensors
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _write_beside(path: Path, data: bytes) -> Path:
+    """A new synced neighbour of ``path`` with the permissions that a plain file would get."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
 
 
 def _sync_directory(path: Path) -> None:

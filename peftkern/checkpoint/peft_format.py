@@ -11,13 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftkern.arguments import folder as as_folder
+from peftkern.arguments import require_model
 from peftkern.checkpoint import adapterhub
 from peftkern.checkpoint.codecs import codec_for, codec_of
 from peftkern.checkpoint.files import (
+    current,
+    json_bytes,
     read_json,
+    safetensors_bytes,
     write_atomically,
-    write_json,
-    write_safetensors,
+    write_together,
 )
 from peftkern.checkpoint.peft_common import some
 from peftkern.checkpoint.storage import COMPACT, StorageReport, StoredTensors, encode
@@ -94,7 +98,7 @@ def save_adapter(
         return {}
     sites = survey(model)
     reports: dict[str, StorageReport] = {}
-    root = Path(path)
+    root = as_folder("path", path)
     for name in names:
         folder = root if name == "default" else root / name
         if folder.exists() and not folder.is_dir():
@@ -111,9 +115,8 @@ def save_adapter(
         if report is not None:
             reports[name] = report
             fields |= {"peft_type": f"{_COMPACT}{codec.PEFT_TYPE}", "peftkern_storage": compact}
-        # Weights first: a config without weights is the confusing half of an interrupted save.
-        write_safetensors(folder / WEIGHTS_NAME, stored, metadata)
-        write_json(folder / CONFIG_NAME, fields)
+        weights = safetensors_bytes(stored, metadata)
+        write_together(folder, {WEIGHTS_NAME: weights, CONFIG_NAME: json_bytes(fields)})
         if not (folder / "README.md").exists():
             write_atomically(folder / "README.md", _card(fields, codec.summary(fields)).encode())
     return reports
@@ -158,11 +161,12 @@ def load_adapter(
         if option not in BASE_OPTIONS:
             raise TypeError(f"unknown option {option!r}; expected one of {', '.join(BASE_OPTIONS)}")
     check_adapter_name(adapter_name)
-    folder = Path(path)
+    require_model("model", model)
+    folder = as_folder("path", path)
     if adapterhub.is_adapterhub(folder):
         return adapterhub.load(model, folder, adapter_name, trainable, allow_pickle, options)
     _check_files(folder)
-    fields, where = read_json(folder / CONFIG_NAME), str(folder / CONFIG_NAME)
+    fields, where = read_json(current(folder, CONFIG_NAME)), str(folder / CONFIG_NAME)
     if fields.pop("peftkern_storage", None) is not None:
         fields["peft_type"] = str(fields.get("peft_type")).removeprefix(_COMPACT)
     codec = codec_for(fields.get("peft_type"), where)
@@ -195,7 +199,7 @@ def load_adapter(
         if hasattr(codec, "limits"):
             prefix = getattr(codec, "PREFIX", _PREFIX)
             limits = {f"{prefix}{k}": n for k, n in codec.limits(sites, adapter_name).items()}
-        _copy_in(folder / WEIGHTS_NAME, wanted, frozen, limits)
+        _copy_in(current(folder, WEIGHTS_NAME), wanted, frozen, limits)
     except BaseException:
         if not exists:
             handle.drop_latest()
@@ -258,11 +262,11 @@ def _check_files(folder: Path) -> None:
         raise NotADirectoryError(
             f"path: {folder} is a file; give the directory that holds {CONFIG_NAME}"
         )
-    if not (folder / CONFIG_NAME).is_file():
+    if not current(folder, CONFIG_NAME).is_file():
         below = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG_NAME}"))
         hint = f"; its folders {', '.join(below)} hold adapters" if below else ""
         raise FileNotFoundError(f"path: no {CONFIG_NAME} in {folder}{hint}")
-    if not (folder / WEIGHTS_NAME).is_file():
+    if not current(folder, WEIGHTS_NAME).is_file():
         if (folder / _PICKLED_NAME).is_file():
             raise ValueError(
                 f"{folder / _PICKLED_NAME}: pickled weights can run code when they are loaded and "
