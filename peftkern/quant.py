@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftkern.arguments import require_tensor, whole
 from peftkern.codebooks import BLOCKSIZES, NESTED_BLOCKSIZE, dynamic_map, table_4bit
+from peftkern.ops import checks
 
 QUANT_TYPES = ("nf4", "fp4", "int8")
 
@@ -148,7 +150,9 @@ def quantize_4bit(
         tensor([[0.],
                 [0.]])
     """
-    _require_tensor("w", w)
+    require_tensor("w", w)
+    whole("blocksize", blocksize)
+    checks.quant_type_4bit(quant_type, blocksize)
     w = w.detach()
     packed, absmax = torch.ops.peftkern.quantize_4bit(
         w.contiguous(), quant_type, blocksize, not allow_nonfinite
@@ -179,7 +183,7 @@ def quantize_8bit(w: Tensor, allow_nonfinite: bool = False) -> QuantizedTensor:
         TypeError: ``w`` is not a float tensor.
         ValueError: not a matrix, or NaN/Inf in ``w``.
     """
-    _require_tensor("w", w)
+    require_tensor("w", w)
     w = w.detach()
     codes, scb = torch.ops.peftkern.quantize_8bit(w.contiguous(), not allow_nonfinite)
     return QuantizedTensor(codes, scb, None, None, "int8", 0, w.shape, w.dtype)
@@ -196,11 +200,6 @@ def quantize(
     if quant_type == "int8":
         return quantize_8bit(w)
     return quantize_4bit(w, quant_type, blocksize, double_quant)
-
-
-def _require_tensor(name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
 
 
 def _shaped_codes(packed: Tensor, shape: torch.Size) -> Tensor:

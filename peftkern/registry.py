@@ -279,7 +279,7 @@ class use_backend:
     def __init__(self, name: str) -> None:
         known = ("auto", *sorted(_PROBES))
         if name not in known:
-            raise ValueError(f"backend: got {name!r}, expected one of {', '.join(known)}")
+            raise ValueError(f"name: got {name!r}, expected one of the backends {', '.join(known)}")
         if name != "auto" and (reason := _PROBES[name]()) is not None:
             raise RuntimeError(f"backend {name!r} cannot be used here: {reason}")
         with _STATE.lock:

@@ -283,7 +283,7 @@ def test_refusals() -> None:
     ("change", "message"),
     [
         ({"reduction_factor": 0}, "reduction_factor: expected a positive number"),
-        ({"non_linearity": "softmax"}, "activation: got 'softmax'"),
+        ({"non_linearity": "softmax"}, "non_linearity: got 'softmax'"),
         ({"scaling": "big"}, "scaling: got 'big'"),
         ({"init_weights": "zeros"}, "init_weights: got 'zeros'"),
         ({"dropout": 1.0}, "dropout: expected a number"),

@@ -166,7 +166,7 @@ def test_interop_refusals(tmp_path: Path) -> None:
         ({"architecture": "lora"}, None, r"architecture is 'lora'"),
         ({"sparkle": 3}, None, r"sparkle=3 is not known"),
         ({}, "non_linearity", r"non_linearity is missing"),
-        ({"non_linearity": "mish"}, None, r"activation: got 'mish'"),
+        ({"non_linearity": "mish"}, None, r"non_linearity: got 'mish'"),
         ({"mh_adapter": True}, None, r"missing keys: .*attention.output.adapters"),
         ({"reduction_factor": 8}, None, r"shapes differ"),
         ({"output_adapter": False, "mh_adapter": True}, None, r"unexpected keys"),

@@ -7,14 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from peftkern.arguments import require_float, require_tensor
 from peftkern.quant import QuantizedTensor
-
-
-def require_float(name: str, value: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
-    if not value.dtype.is_floating_point:
-        raise TypeError(f"{name}: got dtype {value.dtype}, expected a floating dtype")
 
 
 def matrix_shape(shape: torch.Size) -> tuple[int, int]:
@@ -98,6 +92,8 @@ def quantized_base(q: QuantizedTensor | FrozenBase, kinds: tuple[str, ...]) -> F
             raise TypeError(f"q: got {type(q).__name__}, expected a QuantizedTensor")
         if q.quant_type not in kinds:
             raise TypeError(f"q: got a {q.quant_type} weight, expected {' or '.join(kinds)}")
+        if len(q.shape) != 2:
+            raise ValueError(f"q: got shape {tuple(q.shape)}, expected [out, in]")
         q = frozen_base(q)
     return q
 
@@ -136,9 +132,11 @@ def as_matrix(x: Tensor, in_features: int) -> tuple[Tensor, torch.Size]:
 
 
 def bias_for(x: Tensor, bias: Tensor | None) -> Tensor | None:
-    if bias is None or bias.dtype == x.dtype:
-        return bias
+    if bias is None:
+        return None
     require_float("bias", bias)
+    if bias.dtype == x.dtype:
+        return bias
     if autocasts(x) or bias.dtype == torch.float32:
         return bias.to(x.dtype)
     raise TypeError(f"bias: got dtype {bias.dtype}, expected {x.dtype} like x, or float32")
@@ -171,6 +169,9 @@ def seed_for(x: Tensor, p: float, seed: Tensor | None) -> Tensor | None:
         return None
     if seed is None:  # by the device's own generator: the host does not wait for a copy
         return torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
+    require_tensor("seed", seed)
+    if seed.device.type == "meta" and x.device.type != "meta":
+        raise ValueError(f"seed: is on meta, expected {x.device} like x, or cpu")
     return seed.to(x.device)
 
 

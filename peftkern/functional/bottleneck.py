@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from peftkern.arguments import real, require_float
 from peftkern.functional.arguments import (
     adapter_for,
     as_matrix,
     autocasts,
     needs_grad,
-    require_float,
     seed_for,
 )
 from peftkern.ops.bottleneck.autograd import BottleneckAdapter
@@ -29,25 +29,26 @@ _SYNONYMS = {
 }
 
 
-def activation_name(activation: str) -> str:
+def activation_name(activation: str, argument: str = "activation") -> str:
     """The name by which ops know an activation.
 
     Args:
         activation: ``relu``, ``gelu``, ``gelu_tanh``, ``silu``, ``tanh``, ``sigmoid``,
             ``leaky_relu``, ``identity``, or another name of one of them (``swish``, ``gelu_new``,
             ``leakyrelu``, ...) in any case.
+        argument: what the argument is called where it comes from.
 
     Raises:
         TypeError: not a string.
         ValueError: there is no kernel for it.
     """
     if not isinstance(activation, str):
-        raise TypeError(f"activation: expected a name, got {type(activation).__name__}")
+        raise TypeError(f"{argument}: expected a name, got {type(activation).__name__}")
     name = activation.lower()
     name = _SYNONYMS.get(name, name)
     if name not in ACTIVATIONS:
         known = ", ".join((*ACTIVATIONS, *_SYNONYMS))
-        raise ValueError(f"activation: got {activation!r}, expected one of {known}")
+        raise ValueError(f"{argument}: got {activation!r}, expected one of {known}")
     return name
 
 
@@ -118,7 +119,7 @@ def bottleneck_adapter(
     out = up_w.shape[0]
     same = residual is given
     flat = x if same else _residual(residual, x, lead, out)
-    p = float(dropout_p) if training else 0.0
+    p = real("dropout_p", dropout_p) if training else 0.0
     seed = seed_for(x, p, seed)
     name = activation_name(activation)
     if needs_grad(x, flat, *weights):
@@ -131,9 +132,8 @@ def bottleneck_adapter(
 def _scale(scaling: float | Tensor, like: Tensor) -> Tensor | None:
     if isinstance(scaling, Tensor):
         return scaling.view(1) if scaling.dim() == 0 else scaling
-    if scaling == 1.0:
-        return None
-    return like.new_full((1,), float(scaling))
+    factor = real("scaling", scaling)
+    return None if factor == 1.0 else like.new_full((1,), factor)
 
 
 def _residual(

@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from peftkern.arguments import real, require_float
 from peftkern.functional.arguments import (
     adapter_for,
     as_matrix,
     bias_for,
     frozen_base,
     needs_grad,
-    require_float,
     seed_for,
 )
+from peftkern.ops.checks import FLOATS
 from peftkern.ops.dora.autograd import DoRALinear, column_scale
 from peftkern.quant import QuantizedTensor
 
@@ -46,6 +47,19 @@ def weight_norm_sq(base: Tensor | QuantizedTensor) -> Tensor:
                 weight = weight.contiguous()
         sizes = (frozen.out_features, frozen.in_features)
         return torch.ops.peftkern.weight_norm_sq(weight, *rest, *sizes)
+
+
+def _check_norm(
+    name: str, value: Tensor, base: Tensor | QuantizedTensor, dtypes: tuple[torch.dtype, ...]
+) -> None:
+    require_float(name, value)
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected {dtypes[0]}")
+    rows = frozen_base(base).out_features
+    if value.shape != (rows,):
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected ({rows},)")
+    if value.device != base.device:
+        raise ValueError(f"{name}: is on {value.device}, expected {base.device} like base")
 
 
 def dora_weight_norm(
@@ -81,14 +95,21 @@ def dora_weight_norm(
         >>> torch.allclose(norm, (w + 0.5 * b @ a).norm(dim=1), rtol=1e-5)
         True
     """
+    require_float("lora_A", lora_A)
+    require_float("lora_B", lora_B)
     if base_norm_sq is None:
         base_norm_sq = weight_norm_sq(base)
+    else:
+        _check_norm("base_norm_sq", base_norm_sq, base, (torch.float64,))
     with torch.no_grad():
         frozen = frozen_base(base)
+        if frozen.format == "dense":
+            require_float("base", frozen.weight)
+        factor = real("scaling", scaling)
         weight, *rest = frozen.bundle()
         if frozen.format == "dense" and not (weight.is_contiguous() or weight.t().is_contiguous()):
             weight = weight.contiguous()
-        adapter = (lora_A.detach().contiguous(), lora_B.detach().contiguous(), float(scaling))
+        adapter = (lora_A.detach().contiguous(), lora_B.detach().contiguous(), factor)
         return torch.ops.peftkern.dora_weight_norm(
             weight, *rest, frozen.out_features, *adapter, base_norm_sq
         )
@@ -146,27 +167,25 @@ def dora_linear(
     """
     frozen = frozen_base(base)
     x, lead = as_matrix(x, frozen.in_features)
-    require_float("magnitude", magnitude)
-    for name, value in (("magnitude", magnitude), ("weight_norm", weight_norm)):
-        if value is not None and value.shape != (frozen.out_features,):
-            raise ValueError(
-                f"{name}: got shape {tuple(value.shape)}, expected ({frozen.out_features},)"
-            )
+    _check_norm("magnitude", magnitude, base, FLOATS)
+    if weight_norm is not None:
+        _check_norm("weight_norm", weight_norm, base, FLOATS)
     if weight_norm is None:
         weight_norm = dora_weight_norm(base, lora_A, lora_B, scaling)
     frozen = frozen.for_input(x)
     bias = bias_for(x, bias)
     lora_A, lora_B = adapter_for(x, lora_A, "lora_A"), adapter_for(x, lora_B, "lora_B")
-    p = float(dropout_p) if training else 0.0
+    p = real("dropout_p", dropout_p) if training else 0.0
+    factor = real("scaling", scaling)
     seed = seed_for(x, p, seed)
     stored = frozen.stored()
     weight_norm = weight_norm.detach()
     if needs_grad(x, bias, lora_A, lora_B, magnitude):
-        low_rank = (lora_A, lora_B, magnitude, weight_norm, float(scaling), p, seed)
+        low_rank = (lora_A, lora_B, magnitude, weight_norm, factor, p, seed)
         y = DoRALinear.apply(x, stored, bias, *low_rank)
     else:
         scale = column_scale(x, magnitude, weight_norm)
         y, _, _ = torch.ops.peftkern.dora_linear(
-            x, *stored, bias, lora_A, lora_B, scale, float(scaling), p, seed, False
+            x, *stored, bias, lora_A, lora_B, scale, factor, p, seed, False
         )
     return y.view(*lead, frozen.out_features)

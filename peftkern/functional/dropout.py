@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peftkern.functional.arguments import needs_grad, require_float, seed_for
+from peftkern.arguments import real, require_float
+from peftkern.functional.arguments import (
+    needs_grad,
+    seed_for,
+)
 from peftkern.ops.dropout.autograd import PhiloxDropout
 
 
@@ -26,9 +30,12 @@ def dropout(x: Tensor, p: float = 0.5, training: bool = True, seed: Tensor | Non
         ValueError: p is out of range.
     """
     require_float("x", x)
-    if not training or p == 0.0:
+    if not training:
+        return x
+    p = real("p", p)
+    if p == 0.0:
         return x
     seed = seed_for(x, p, seed)
     if needs_grad(x):
-        return PhiloxDropout.apply(x.contiguous(), float(p), seed)
-    return torch.ops.peftkern.philox_dropout(x.contiguous(), float(p), seed)
+        return PhiloxDropout.apply(x.contiguous(), p, seed)
+    return torch.ops.peftkern.philox_dropout(x.contiguous(), p, seed)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from peftkern.arguments import real, require_float
 from peftkern.functional.arguments import (
     FrozenBase,
     activations,
@@ -16,7 +17,6 @@ from peftkern.functional.arguments import (
     bias_for,
     frozen_base,
     needs_grad,
-    require_float,
     seed_for,
 )
 from peftkern.ops.gated.autograd import GatedActivation, LoRAMLP
@@ -104,11 +104,11 @@ def _group(
         if a is None or b is None:
             a = x.new_empty((0, frozen.in_features))
             b = x.new_empty((frozen.out_features, 0))
-        p = float(member.dropout_p) if training else 0.0
+        p = real(f"{name}.dropout_p", member.dropout_p) if training else 0.0
         biases.append(bias_for(x, member.bias))
         lora_A.append(adapter_for(x, a, f"{name}.lora_A"))
         lora_B.append(adapter_for(x, b, f"{name}.lora_B"))
-        scalings.append(float(member.scaling))
+        scalings.append(real(f"{name}.scaling", member.scaling))
         dropout_p.append(p)
         seeds.append(seed_for(x, p, member.seed))
     return _Group(tuple(bases), biases, lora_A, lora_B, scalings, dropout_p, seeds)
@@ -146,6 +146,8 @@ def lora_linear_group(
         >>> q.shape, k.shape
         (torch.Size([4, 32]), torch.Size([4, 16]))
     """
+    if not isinstance(projections, list | tuple):
+        raise TypeError(f"projections: got {type(projections).__name__}, expected a list")
     if len(projections) == 0:
         raise ValueError("projections: got none, expected at least one")
     names = [f"projections[{i}]" for i in range(len(projections))]

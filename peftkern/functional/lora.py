@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from peftkern.arguments import real
 from peftkern.functional.arguments import (
     FrozenBase,
     activations,
@@ -69,8 +70,8 @@ def lora_linear(
     stored = frozen.for_input(x).stored()
     bias = bias_for(x, bias)
     lora_A, lora_B = adapter_for(x, lora_A, "lora_A"), adapter_for(x, lora_B, "lora_B")
-    p = float(dropout_p) if training else 0.0
-    adapter = (bias, lora_A, lora_B, float(scaling), p, seed_for(x, p, seed))
+    p = real("dropout_p", dropout_p) if training else 0.0
+    adapter = (bias, lora_A, lora_B, real("scaling", scaling), p, seed_for(x, p, seed))
     if needs_grad(x, bias, lora_A, lora_B):
         y: Tensor = LoRALinear.apply(x, stored, *adapter)
         return y

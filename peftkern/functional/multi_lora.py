@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from peftkern.arguments import real, require_tensor
 from peftkern.functional.arguments import (
     adapter_for,
     as_matrix,
@@ -21,8 +22,9 @@ from peftkern.quant import QuantizedTensor
 
 def _ids_for(x: Tensor, adapter_ids: Tensor, lead: torch.Size) -> Tensor:
     """One id for each row of x as a matrix."""
-    if not isinstance(adapter_ids, Tensor):
-        raise TypeError(f"adapter_ids: got {type(adapter_ids).__name__}, expected a torch.Tensor")
+    require_tensor("adapter_ids", adapter_ids)
+    if adapter_ids.device.type == "meta" and x.device.type != "meta":
+        raise ValueError(f"adapter_ids: is on meta, expected {x.device} like x, or cpu")
     if adapter_ids.dtype != torch.int64:
         raise TypeError(f"adapter_ids: got dtype {adapter_ids.dtype}, expected torch.int64")
     shape = adapter_ids.shape
@@ -87,20 +89,22 @@ def multi_lora_linear(
     frozen = frozen.for_input(x)
     bias = bias_for(x, bias)
     ids = _ids_for(x, adapter_ids, lead)
+    if not isinstance(adapters, list | tuple):
+        raise TypeError(f"adapters: got {type(adapters).__name__}, expected a list of tuples")
     lora_A, lora_B, scalings = [], [], []
     for i, adapter in enumerate(adapters):
         if not isinstance(adapter, tuple | list) or len(adapter) != 3:
             raise TypeError(f"adapters[{i}]: expected a tuple (lora_A, lora_B, scaling)")
         lora_A.append(adapter_for(x, adapter[0], f"adapters[{i}].lora_A"))
         lora_B.append(adapter_for(x, adapter[1], f"adapters[{i}].lora_B"))
-        scalings.append(float(adapter[2]))
-    if isinstance(dropout_p, float | int):
-        dropout_p = [dropout_p] * len(lora_A)
+        scalings.append(real(f"adapters[{i}].scaling", adapter[2]))
+    if not isinstance(dropout_p, list | tuple):
+        dropout_p = [real("dropout_p", dropout_p)] * len(lora_A)
     if len(dropout_p) != len(lora_A):
         raise ValueError(
             f"dropout_p: got {len(dropout_p)} numbers, expected one or {len(lora_A)} as in adapters"
         )
-    p = [float(value) if training else 0.0 for value in dropout_p]
+    p = [real("dropout_p", value) if training else 0.0 for value in dropout_p]
     seed = seed_for(x, max(p, default=0.0), seed)
     stored = frozen.stored()
     if needs_grad(x, bias, *lora_A, *lora_B):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from peftkern.arguments import flag, real, require_float, require_tensor
 from peftkern.functional.arguments import (
     autocast_dtype,
     autocasts,
     needs_grad,
-    require_float,
     seed_for,
 )
 from peftkern.ops.prefix.autograd import PrefixAttention
@@ -35,8 +35,7 @@ def _prefix(name: str, prefix: Tensor, q: Tensor) -> Tensor:
 def _mask(attn_mask: Tensor | None, q: Tensor) -> Tensor | None:
     if attn_mask is None:
         return None
-    if not isinstance(attn_mask, Tensor):
-        raise TypeError(f"attn_mask: got {type(attn_mask).__name__}, expected a torch.Tensor")
+    require_tensor("attn_mask", attn_mask)
     if attn_mask.requires_grad and torch.is_grad_enabled():
         raise ValueError("attn_mask: requires a gradient, which this function does not give it")
     if attn_mask.dim() > 4:
@@ -107,7 +106,7 @@ def prefix_attention(
         k, v = k.to(dtype), v.to(dtype)
     q, k, v = _rows(q, dtype), _rows(k, k.dtype), _rows(v, v.dtype)
     prefix_k, prefix_v = _prefix("prefix_k", prefix_k, q), _prefix("prefix_v", prefix_v, q)
-    p = float(dropout_p) if training else 0.0
+    p = real("dropout_p", dropout_p) if training else 0.0
     arguments = (
         q,
         k,
@@ -115,8 +114,8 @@ def prefix_attention(
         prefix_k,
         prefix_v,
         _mask(attn_mask, q),
-        is_causal,
-        q.shape[-1] ** -0.5 if scale is None else float(scale),
+        flag("is_causal", is_causal),
+        q.shape[-1] ** -0.5 if scale is None else real("scale", scale),
         p,
         seed_for(q, p, seed),
     )
@@ -154,8 +153,7 @@ def prompt_embedding(ids: Tensor, table: Tensor, prompt: Tensor) -> Tensor:
     """
     require_float("table", table)
     require_float("prompt", prompt)
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"ids: got {type(ids).__name__}, expected an int64 tensor")
+    require_tensor("ids", ids)
     if table.requires_grad and torch.is_grad_enabled():
         raise ValueError("table: requires a gradient; use soft_prompt with trained embeddings")
     if prompt.dtype not in (table.dtype, torch.promote_types(table.dtype, torch.float32)):
@@ -197,6 +195,10 @@ def soft_prompt(input_embeds: Tensor, prompt: Tensor) -> Tensor:
     if len(shape) not in (2, 3) or shape[-1] != width or shape[:-2] not in ((), (batch,)):
         raise ValueError(
             f"prompt: got shape {shape}, expected [P, {width}] or [{batch}, P, {width}]"
+        )
+    if prompt.device != input_embeds.device:
+        raise ValueError(
+            f"prompt: is on {prompt.device}, expected {input_embeds.device} like input_embeds"
         )
     prompt = prompt.to(input_embeds.dtype).expand(batch, -1, -1)
     return torch.cat([prompt, input_embeds], dim=1)

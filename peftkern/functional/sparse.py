@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from peftkern.arguments import require_tensor
 from peftkern.functional.arguments import (
     adapter_for,
     as_matrix,
@@ -60,8 +61,7 @@ def sparse_delta_linear(
     x, lead = as_matrix(x, frozen.in_features)
     frozen = frozen.for_input(x)
     bias = bias_for(x, bias)
-    if not isinstance(indices, Tensor):
-        raise TypeError(f"indices: got {type(indices).__name__}, expected an int64 tensor")
+    require_tensor("indices", indices)
     values = adapter_for(x, values, "values")
     arguments = (x, *frozen.stored(), bias, indices.contiguous(), values)
     if needs_grad(x, bias, values):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
 
+from peftkern.arguments import require_model
 from peftkern.nn.adapter import AdapterLayer, adapter_layers
 from peftkern.nn.saved import TrainableCopy
 
@@ -22,6 +23,7 @@ def adapter_layers_of(model: nn.Module) -> list[tuple[str, AdapterLayer]]:
     Raises:
         ValueError: it has none.
     """
+    require_model("model", model)
     layers = adapter_layers(model.named_modules())
     if not layers:
         raise ValueError(
@@ -53,6 +55,8 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], trainable: bool = 
         >>> peftkern.set_adapter(model, "poetry")  # doctest: +SKIP
     """
     layers = adapter_layers_of(model)
+    if not isinstance(names, Iterable):
+        raise TypeError(f"names: got {type(names).__name__}, expected a name or several")
     chosen = [names] if isinstance(names, str) else list(names)
     known = known_adapters(model)
     for name in chosen:
@@ -95,6 +99,8 @@ def merge(
     """
     layers = adapter_layers_of(model)
     known = known_adapters(model)
+    if isinstance(adapter_names, str) or not isinstance(adapter_names, Iterable | None):
+        raise TypeError(f"adapter_names: got {adapter_names!r}, expected a list of names")
     for name in adapter_names or ():
         if name not in known:
             raise ValueError(f"adapter_names: no adapter {name!r}; there are: {', '.join(known)}")

@@ -6,12 +6,15 @@ where the method sits on chosen linear layers, and lives in ``peftkern/hf/method
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
+
+from peftkern.arguments import whole
 
 ALL_LINEAR = "all-linear"
 QUANT_TYPES = ("nf4", "fp4", "int8")
@@ -198,13 +201,14 @@ def is_number(value: Any) -> bool:
 
 
 def positive(label: str, value: Any) -> None:
-    if not is_number(value) or not value > 0:
+    if not is_number(value) or not 0 < value < math.inf:
         raise ValueError(f"{label}: expected a positive number, got {value!r}")
 
 
 def positive_int(label: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{label}: expected a positive integer, got {value!r}")
+    whole(label, value)
 
 
 def check_patterns(label: str, patterns: Any, check: Callable[[str, Any], None]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from peftkern.arguments import require_model
 from peftkern.hf.adapters import set_adapter
 from peftkern.hf.checkpointing import watch_input_embeddings
 from peftkern.hf.config import AdapterConfig
@@ -281,6 +282,7 @@ def apply_config(
 
 def handle_of(model: nn.Module) -> PatchHandle | None:
     """The handle of a patched model; ``None`` when it is not patched."""
+    require_model("model", model)
     return model.__dict__.get(_ATTRIBUTE)
 
 

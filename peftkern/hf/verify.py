@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from peftkern.arguments import require_model
 from peftkern.hf.report import _table
 from peftkern.registry import forced_backend, use_backend
 
@@ -159,6 +160,9 @@ def verify(
     """
     if against not in ("reference", "original"):
         raise ValueError(f"against: got {against!r}, expected 'reference' or 'original'")
+    require_model("model", model)
+    if loss is not None and (isinstance(loss, nn.Module) or not callable(loss)):
+        raise TypeError(f"loss: got {type(loss).__name__}, expected loss(model, batch)")
     modules = _outermost(model)
     if not modules:
         raise ValueError(

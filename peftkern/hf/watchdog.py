@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from peftkern.arguments import require_model, whole
+
 logger = logging.getLogger("peftkern")
 
 
@@ -56,7 +58,8 @@ class GradientWatchdog:
     """
 
     def __init__(self, model: nn.Module, steps: int = 3, raises: bool = False) -> None:
-        if steps < 2:
+        require_model("model", model)
+        if whole("steps", steps, 0) < 2:
             raise ValueError(
                 f"steps: got {steps}, expected at least 2: lora_A has a zero gradient in the first "
                 "step, because lora_B starts at zero"

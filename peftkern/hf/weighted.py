@@ -14,6 +14,7 @@ from peftkern.hf.config import is_number
 from peftkern.hf.methods.lora import LoRAConfig
 from peftkern.hf.patching import PatchHandle, apply_config, handle_of
 from peftkern.hf.targets import explicit_targets, survey
+from peftkern.nn.adapter import check_adapter_name
 from peftkern.nn.embedding import LoRAEmbedding
 from peftkern.nn.lora import LoRALinear
 
@@ -57,6 +58,7 @@ def add_weighted_adapter(
     handle = handle_of(model)
     if handle is None:
         raise ValueError(f"model: this {type(model).__name__} is not patched by peftkern.patch")
+    check_adapter_name(new_name, "new_name")
     configs = _checked(handle, names, weights, combination_type, svd_rank)
     # One adapter needs no decomposition; PEFT does the same.
     kind = "linear" if len(names) == 1 else combination_type
@@ -114,6 +116,9 @@ def _checked(
     combination_type: str,
     svd_rank: int | None,
 ) -> list[LoRAConfig]:
+    for label, value in (("names", names), ("weights", weights)):
+        if not isinstance(value, Sequence):
+            raise TypeError(f"{label}: got {type(value).__name__}, expected a list")
     if isinstance(names, str) or not names:
         raise ValueError(f"names: expected a list of adapter names, got {names!r}")
     if len(weights) != len(names) or not all(is_number(w) and math.isfinite(w) for w in weights):

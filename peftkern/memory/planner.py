@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftkern.arguments import whole
 from peftkern.hf.config import AdapterConfig
 from peftkern.hf.report import _table
 from peftkern.memory.methods import Method, method_for
@@ -237,13 +238,14 @@ def plan(
         >>> found.fits
         True
     """
-    if optimizer not in _OPTIMIZERS:
+    if not isinstance(optimizer, str) or optimizer not in _OPTIMIZERS:
         raise ValueError(f"optimizer: got {optimizer!r}, expected one of {', '.join(_OPTIMIZERS)}")
     if device not in ("cuda", "cpu"):
         raise ValueError(f"device: got {device!r}, expected 'cuda' or 'cpu'")
     for name, value in (("batch", batch), ("seq", seq)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        whole(name, value)
     budget = None if gpu_memory is None else parse_bytes(gpu_memory)
     way = method_for(method, r, target_modules, virtual_tokens, reduction)
     model = meta_model(model_or_config, dtype)

@@ -10,7 +10,7 @@ from torch import nn
 from peftkern.nn.rows import AdapterRows, RowChoice
 
 
-def check_adapter_name(name: str) -> None:
+def check_adapter_name(name: str, argument: str = "adapter_name") -> None:
     """Refuse names that PEFT's files cannot carry.
 
     Raises:
@@ -18,10 +18,10 @@ def check_adapter_name(name: str) -> None:
         ValueError: empty, or contains ``.`` or ``lora``.
     """
     if not isinstance(name, str):
-        raise TypeError(f"adapter_name: expected a string, got {type(name).__name__}")
+        raise TypeError(f"{argument}: expected a string, got {type(name).__name__}")
     if not name or "." in name or "lora" in name or "/" in name:
         raise ValueError(
-            f"adapter_name: got {name!r}; it must not be empty nor contain '.', '/' or 'lora', "
+            f"{argument}: got {name!r}; it must not be empty nor contain '.', '/' or 'lora', "
             "because PEFT's file format builds keys from it"
         )
 

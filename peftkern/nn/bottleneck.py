@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkern import functional
+from peftkern.arguments import real, whole
 from peftkern.functional.bottleneck import activation_name
 from peftkern.nn.adapter import AdapterLayer, check_adapter_name
 from peftkern.nn.structure import hooks_of
@@ -86,9 +87,9 @@ class BottleneckAdapter(nn.Module):
         init_weights_seed: int | None = None,
     ) -> None:
         super().__init__()
-        self.width = width
+        self.width = whole("width", width)
         self.bottleneck = bottleneck_width(width, reduction_factor, bottleneck)
-        self.non_linearity = activation_name(non_linearity)
+        self.non_linearity = activation_name(non_linearity, "non_linearity")
         self.adapter_residual_before_ln = adapter_residual_before_ln and not is_parallel
         self.is_parallel = is_parallel
         self.dropout = _share("dropout", dropout)
@@ -398,17 +399,18 @@ def bottleneck_width(width: int, reduction_factor: float, bottleneck: int | None
     if bottleneck is not None:
         if isinstance(bottleneck, bool) or not isinstance(bottleneck, int) or bottleneck < 1:
             raise ValueError(f"bottleneck: expected a positive integer, got {bottleneck!r}")
-        return bottleneck
-    number = isinstance(reduction_factor, int | float) and not isinstance(reduction_factor, bool)
-    if not number or not reduction_factor > 0:
+        return whole("bottleneck", bottleneck)
+    if isinstance(reduction_factor, bool) or real("reduction_factor", reduction_factor) <= 0:
         raise ValueError(f"reduction_factor: expected a positive number, got {reduction_factor!r}")
     return max(1, int(width // reduction_factor))
 
 
 def check_scaling(scaling: float | str) -> None:
     """Raise ``ValueError`` unless ``scaling`` is a number, ``"learned"`` or ``"channel"``."""
-    number = isinstance(scaling, int | float) and not isinstance(scaling, bool)
-    if not number and scaling not in SCALINGS:
+    plain = isinstance(scaling, int | float) and not isinstance(scaling, bool)
+    if plain:
+        real("scaling", scaling)
+    elif scaling not in SCALINGS:
         raise ValueError(
             f"scaling: got {scaling!r}, expected a number, {' or '.join(map(repr, SCALINGS))}"
         )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as tnf
 
+from peftkern.arguments import real, whole
 from peftkern.nn.adapter import check_adapter_name
 from peftkern.nn.lora_init import check_initialisation
 from peftkern.nn.rows import by_rows
@@ -90,6 +91,8 @@ class LoRAEmbedding(WeightAdapter):
             raise RuntimeError("adapters are merged into the base; unmerge before adding another")
         if isinstance(r, bool) or not isinstance(r, int) or r < 1:
             raise ValueError(f"r: expected a positive integer, got {r!r}")
+        whole("r", r)
+        real("lora_alpha", lora_alpha)
         check_initialisation(init_lora_weights)
         if init_lora_weights not in (True, False, "gaussian"):
             raise ValueError(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkern import functional
+from peftkern.arguments import whole
 from peftkern.functional.arguments import FrozenBase
 from peftkern.nn.quantized import QuantizedLinear, adopt_bias, dense_source
 from peftkern.quant import QuantizedTensor, quantize_4bit
@@ -72,6 +73,7 @@ class Linear4bit(QuantizedLinear):
     ) -> None:
         if quant_type not in ("nf4", "fp4"):
             raise ValueError(f"quant_type: got {quant_type!r}, expected 'nf4' or 'fp4'")
+        whole("blocksize", blocksize)
         if not (32 <= blocksize <= 4096 and blocksize & (blocksize - 1) == 0):
             raise ValueError(f"blocksize: got {blocksize}, expected a power of two in 32..4096")
         self._setup(in_features, out_features)

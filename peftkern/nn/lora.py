@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkern import functional
+from peftkern.arguments import real, share, whole
 from peftkern.functional.arguments import FrozenBase
 from peftkern.nn.adapter import check_adapter_name
 from peftkern.nn.lora_init import (
@@ -110,7 +111,7 @@ class LoRALinear(WeightAdapter):
             )
         super().__init__()
         check_adapter_name(adapter_name)
-        _check_numbers(r, lora_dropout)
+        _check_numbers(r, lora_alpha, lora_dropout)
         check_initialisation(init_lora_weights, r)
         factors: tuple[Tensor, Tensor] | None = None
         scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
@@ -170,7 +171,7 @@ class LoRALinear(WeightAdapter):
             raise ValueError(f"adapter {adapter_name!r} exists already")
         if self.merged:
             raise RuntimeError("adapters are merged into the base; unmerge before adding another")
-        _check_numbers(r, lora_dropout)
+        _check_numbers(r, lora_alpha, lora_dropout)
         check_initialisation(init_lora_weights, r)
         if changes_base(init_lora_weights):
             raise ValueError(
@@ -477,8 +478,9 @@ class LoRALinear(WeightAdapter):
         return f"format={self.format!r}, r={self.r}, active={active!r}{state}"
 
 
-def _check_numbers(r: int, lora_dropout: float) -> None:
+def _check_numbers(r: int, lora_alpha: float, lora_dropout: float) -> None:
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise ValueError(f"r: expected a positive integer, got {r!r}")
-    if not 0.0 <= lora_dropout < 1.0:
-        raise ValueError(f"lora_dropout: expected a number in [0, 1), got {lora_dropout!r}")
+    whole("r", r)
+    real("lora_alpha", lora_alpha)
+    share("lora_dropout", lora_dropout)

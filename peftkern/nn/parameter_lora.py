@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkern import functional
+from peftkern.arguments import real, whole
 from peftkern.nn.adapter import TORCH, AdapterLayer, check_adapter_name
 from peftkern.nn.experts import STACKED, Product, QuantizedExperts, run_experts, why_not_fused
 from peftkern.nn.lora_init import draw_factors
@@ -117,6 +118,8 @@ class LoRAParameters(AdapterLayer):
             rank = ranks[name]
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise ValueError(f"r: expected a positive integer, got {rank!r}")
+            whole("r", rank)
+            real("lora_alpha", alphas[name])
             count, outputs, inputs = self.shape(name)
             device = next(self.base_layer.parameters()).device
             where = device if device.type == "meta" else torch.device("cpu")

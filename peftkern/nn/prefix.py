@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftkern.arguments import whole
 from peftkern.functional.prefix import prefix_attention
-from peftkern.nn.adapter import AdapterLayer
+from peftkern.nn.adapter import AdapterLayer, check_adapter_name
 
 # Where an attention module of a patched model keeps which prefix it uses.
 PREFIX_LINK = "_peftkern_prefix"
@@ -91,7 +92,9 @@ class PrefixTuning(AdapterLayer):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.num_layers, self.num_heads, self.head_dim = num_layers, num_heads, head_dim
+        self.num_layers = whole("num_layers", num_layers)
+        self.num_heads = whole("num_heads", num_heads)
+        self.head_dim = whole("head_dim", head_dim)
         self.prefix_encoder = nn.ModuleDict()
         self._drawn: list[Tensor] | None = None
         self.add_adapter(adapter_name, num_virtual_tokens, encoder_hidden_size, init_weights, dtype)
@@ -107,10 +110,17 @@ class PrefixTuning(AdapterLayer):
         """Add another prefix and make it the active one.
 
         Raises:
-            ValueError: a prefix of this name exists.
+            TypeError: a size is no int.
+            ValueError: a prefix of this name exists, or a size is out of range.
         """
+        check_adapter_name(adapter_name)
         if adapter_name in self.prefix_encoder:
             raise ValueError(f"adapter {adapter_name!r} exists already")
+        whole("num_virtual_tokens", num_virtual_tokens)
+        if encoder_hidden_size is not None:
+            whole("encoder_hidden_size", encoder_hidden_size)
+        if init_weights not in (None, "zero"):
+            raise ValueError(f"init_weights: got {init_weights!r}, expected None or 'zero'")
         held = next(self.parameters(), None)
         encoder = PrefixEncoder(
             num_virtual_tokens,

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftkern.arguments import require_float, whole
 from peftkern.functional.prefix import prompt_embedding, soft_prompt
-from peftkern.nn.adapter import AdapterLayer
+from peftkern.nn.adapter import AdapterLayer, check_adapter_name
 from peftkern.nn.structure import hooks_of, is_parametrized
 
 
@@ -42,8 +43,10 @@ class PromptTuning(AdapterLayer):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.token_dim = token_dim
-        self.num_transformer_submodules = num_transformer_submodules
+        self.token_dim = whole("token_dim", token_dim)
+        self.num_transformer_submodules = whole(
+            "num_transformer_submodules", num_transformer_submodules
+        )
         self.prompt_encoder = nn.ModuleDict()
         self.add_adapter(adapter_name, num_virtual_tokens, initial, dtype)
 
@@ -57,14 +60,21 @@ class PromptTuning(AdapterLayer):
         """Add another prompt and make it the active one.
 
         Raises:
-            ValueError: a prompt of this name exists, or ``initial`` has another shape.
+            TypeError: a size is no int, or ``initial`` is no float tensor.
+            ValueError: a prompt of this name exists, a size is out of range, or ``initial`` has
+                another shape.
         """
+        check_adapter_name(adapter_name)
+        whole("num_virtual_tokens", num_virtual_tokens)
         if adapter_name in self.prompt_encoder:
             raise ValueError(f"adapter {adapter_name!r} exists already")
         held = next(self.parameters(), None)
         rows = num_virtual_tokens * self.num_transformer_submodules
         table = nn.Embedding(rows, self.token_dim, dtype=dtype)
         if initial is not None:
+            require_float("initial", initial)
+            if initial.device.type == "meta":
+                raise ValueError("initial: is on meta, expected values")
             if tuple(initial.shape) != (rows, self.token_dim):
                 raise ValueError(
                     f"initial: got shape {tuple(initial.shape)}, expected {(rows, self.token_dim)}"

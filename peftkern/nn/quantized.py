@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from peftkern.arguments import whole
 from peftkern.functional.arguments import FrozenBase
 from peftkern.nn.structure import dense_weight, is_dense_linear
 from peftkern.quant import QuantizedTensor
@@ -27,12 +28,8 @@ class QuantizedLinear(nn.Linear):
     def _setup(self, in_features: int, out_features: int) -> None:
         # nn.Linear.__init__ would allocate the float weight that this layer exists to avoid.
         nn.Module.__init__(self)
-        if in_features < 1 or out_features < 1:
-            raise ValueError(
-                f"in_features and out_features must be positive, got {in_features}, {out_features}"
-            )
-        self.in_features = int(in_features)
-        self.out_features = int(out_features)
+        self.in_features = whole("in_features", in_features)
+        self.out_features = whole("out_features", out_features)
 
     def _hold(self, name: str, tensor: Tensor | None) -> None:
         frozen = None if tensor is None else nn.Parameter(tensor, requires_grad=False)

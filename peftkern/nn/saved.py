@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peftkern.arguments import require_model
 from peftkern.nn.adapter import AdapterLayer
 from peftkern.nn.rows import by_rows
 
@@ -27,6 +28,7 @@ class TrainableCopy(AdapterLayer):
     serves_rows = True
 
     def __init__(self, original: nn.Module, adapter_name: str = "default") -> None:
+        require_model("original", original)
         super().__init__()
         self.original_module = original
         self.modules_to_save = nn.ModuleDict()

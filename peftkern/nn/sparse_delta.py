@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkern import functional
+from peftkern.arguments import require_tensor
 from peftkern.nn.adapter import check_adapter_name
 from peftkern.nn.quantized import QuantizedLinear
 from peftkern.nn.rows import by_rows
@@ -113,6 +114,9 @@ class SparseDeltaLinear(WeightAdapter):
             raise RuntimeError("adapters are merged into the base; unmerge before adding another")
         if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.dim() != 1:
             raise TypeError("indices: expected an int64 tensor of one dimension")
+        require_tensor("indices", indices)
+        if indices.device.type == "meta":
+            raise ValueError("indices: is on meta, expected positions")
         check_positions(indices, self.in_features * self.out_features)
         dtype = torch.float32 if values_dtype is None else values_dtype
         entries = SparseEntries(indices, dtype, default_device(self.base_layer))

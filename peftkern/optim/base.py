@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftkern.arguments import real
 from peftkern.ops.optimizer.contract import PARAM_DTYPES, hyper_row
 from peftkern.ops.optimizer.reference import BLOCK
 from peftkern.optim import interchange, planned
@@ -79,15 +80,20 @@ class BlockOptimizer(torch.optim.Optimizer):
         defaults: dict[str, Any],
         options: Options,
     ) -> None:
+        if not isinstance(params, Iterable):
+            raise TypeError(f"params: got {type(params).__name__}, expected parameters or groups")
         for name in ("lr", "eps", "weight_decay"):
-            value = scalar(defaults.get(name, 0.0))
-            if not (value >= 0.0 and math.isfinite(value)):
+            value = real(name, defaults.get(name, 0.0))
+            if value < 0.0:
                 raise ValueError(f"{name}: got {value}, expected a finite number >= 0")
-        for i, beta in enumerate(defaults["betas"]):
-            if not 0.0 <= float(beta) < 1.0:
+        betas = defaults["betas"]
+        if not isinstance(betas, list | tuple) or len(betas) != 2:
+            raise TypeError(f"betas: got {betas!r}, expected two numbers")
+        for i, beta in enumerate(betas):
+            if not 0.0 <= real(f"betas[{i}]", beta) < 1.0:
                 raise ValueError(f"betas[{i}]: got {beta}, expected 0 <= beta < 1")
         norm = options.max_grad_norm
-        if norm is not None and not norm > 0.0:
+        if norm is not None and not real("max_grad_norm", norm) > 0.0:
             raise ValueError(f"max_grad_norm: got {norm}, expected a positive number or None")
         if options.stochastic_rounding:
             # Drawn from torch's generator, so that manual_seed decides; saved with the groups.

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from peftkern.arguments import real, require_model
+
 
 def lora_plus_groups(
     model: nn.Module, lr: float, ratio: float, weight_decay: float | None = None
@@ -35,9 +37,10 @@ def lora_plus_groups(
         >>> [group["lr"] for group in optimizer.param_groups]
         [0.0001, 0.0016]
     """
-    if not lr > 0:
+    require_model("model", model)
+    if not real("lr", lr) > 0:
         raise ValueError(f"lr: got {lr}, expected a positive number")
-    if not ratio > 0:
+    if not real("ratio", ratio) > 0:
         raise ValueError(f"ratio: got {ratio}, expected a positive number")
     rest: list[nn.Parameter] = []
     fast: list[nn.Parameter] = []

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from peftkern.arguments import real
 from peftkern.optim.base import BlockOptimizer, Options, Params
 from peftkern.optim.paged import PagedOptimizer
 
@@ -131,7 +132,7 @@ class SGD8bit(BlockOptimizer):
         maximize: bool = False,
         **options: Any,
     ) -> None:
-        if not 0.0 < momentum < 1.0:
+        if not 0.0 < real("momentum", momentum) < 1.0:
             raise ValueError(
                 f"momentum: got {momentum}, expected 0 < momentum < 1; "
                 "without momentum use torch.optim.SGD, which keeps no state"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftkern.arguments import folder, whole
 from peftkern.ops.optimizer.reference import BLOCK
 from peftkern.optim import interchange
 from peftkern.optim.base import BlockOptimizer, Params, Work
@@ -91,17 +92,15 @@ class PagedOptimizer(BlockOptimizer):
     ) -> None:
         if page_dir is None and (resume or keep_parameters):
             raise ValueError("page_dir: got None, expected a directory for what survives a crash")
-        if commit_every < 1:
-            raise ValueError(f"commit_every: got {commit_every}, expected at least 1")
+        whole("commit_every", commit_every)
         for name, budget in (("ram_budget", ram_budget), ("device_budget", device_budget)):
-            if budget is not None and budget < 1:
-                raise ValueError(f"{name}: got {budget}, expected bytes or None")
-        directory = None if page_dir is None else Path(page_dir)
+            if budget is not None:
+                whole(name, budget, most=2**62)
+        directory = None if page_dir is None else folder("page_dir", page_dir)
         if bucket_bytes is None:
             found = None if directory is None else newest_record(directory)[1]
             bucket_bytes = found.bucket_bytes if found else bucket_size(ram_budget, device_budget)
-        if bucket_bytes < 4096:
-            raise ValueError(f"bucket_bytes: got {bucket_bytes}, expected at least 4096")
+        whole("bucket_bytes", bucket_bytes, 4096, 2**40)
         self._bucket_bytes, self._keep = bucket_bytes, keep_parameters
         self._commit_every, self._runs, self._layout_hash = commit_every, 0, ""
         self._segments: dict[int, list[Segment]] = {}  # by index of the parameter

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftkern.arguments import require_model, whole
 from peftkern.select.batches import first_loss, to_device
 from peftkern.select.scores import GRANULARITIES, SCORES, Scores
 from peftkern.select.weights import Target, row_blocks, rows_of, targets_of
@@ -83,6 +84,7 @@ def importance(
         >>> scores.values["0"].shape, scores.batches
         (torch.Size([8, 8]), 3)
     """
+    require_model("model", model)
     if score not in SCORES:
         raise ValueError(f"score: got {score!r}, expected one of {', '.join(SCORES)}")
     if granularity not in GRANULARITIES:
@@ -91,8 +93,8 @@ def importance(
         )
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype: got {dtype}, expected torch.float32 or torch.bfloat16")
-    if batches is not None and batches < 1:
-        raise ValueError(f"batches: got {batches}, expected a positive number")
+    if batches is not None:
+        whole("batches", batches)
     targets = targets_of(model, target_modules, exclude_modules)
     kept = {t.name: _Kept(t, granularity, dtype, device) for t in targets}
     done = 0

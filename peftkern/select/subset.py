@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftkern.arguments import real
 from peftkern.hf.report import _table
 from peftkern.select.scores import Scores, checked
 
@@ -197,9 +198,10 @@ def top_k(
         >>> top_k(Scores({"a": value}, {"a": (2, 2)}, "taylor", "entry", 1), k=2).indices["a"]
         tensor([0, 3])
     """
+    _require_scores(scores)
     if (density is None) == (k is None):
         raise ValueError("density and k: give exactly one of them")
-    if density is not None and not 0.0 < density <= 1.0:
+    if density is not None and not 0.0 < real("density", density) <= 1.0:
         raise ValueError(f"density: got {density}, expected 0 < density <= 1")
     if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
         raise ValueError(f"k: got {k!r}, expected a positive integer")
@@ -233,8 +235,8 @@ def threshold(scores: Scores, value: float) -> Selection:
     Raises:
         ValueError: NaN among the scores or as the value, or nothing reaches it.
     """
-    if math.isnan(value):
-        raise ValueError("value: got NaN, expected a number")
+    _require_scores(scores)
+    value = real("value", value)
     indices = {}
     for name, tensor in scores.values.items():
         flat = checked(name, tensor).reshape(-1)
@@ -246,6 +248,13 @@ def threshold(scores: Scores, value: float) -> Selection:
         top = max(float(t.max()) for t in scores.values.values() if t.numel())
         raise ValueError(f"value: got {value}, but the largest score is {top}")
     return _selection(scores, indices)
+
+
+def _require_scores(scores: Any) -> None:
+    if not isinstance(scores, Scores):
+        raise TypeError(
+            f"scores: got {type(scores).__name__}, expected what peftkern.importance returns"
+        )
 
 
 def _selection(scores: Scores, indices: dict[str, Tensor]) -> Selection:

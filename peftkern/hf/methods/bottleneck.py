@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from peftkern.arguments import share
 from peftkern.functional.bottleneck import activation_name
 from peftkern.hf.blocks import Junction, junctions
 from peftkern.hf.config import ALL_LINEAR, AdapterConfig
@@ -151,7 +152,7 @@ class BottleneckConfig(AdapterConfig):
             raise ValueError(
                 "mh_adapter, output_adapter and cross_adapter are all False: no adapter anywhere"
             )
-        activation_name(self.non_linearity)
+        activation_name(self.non_linearity, "non_linearity")
         check_scaling(self.scaling)
         factors = self.reduction_factor
         if isinstance(factors, Mapping):
@@ -172,9 +173,7 @@ class BottleneckConfig(AdapterConfig):
         if self.residual_before_ln == "post_add" and not self.original_ln_before:
             raise ValueError("residual_before_ln: 'post_add' needs original_ln_before=True")
         for name in ("dropout", "stochastic_depth"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                value = getattr(self, name)
-                raise ValueError(f"{name}: expected a number in [0, 1), got {value!r}")
+            share(name, getattr(self, name))
         object.__setattr__(self, "leave_out", tuple(int(number) for number in self.leave_out))
 
     @classmethod

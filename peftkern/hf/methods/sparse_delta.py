@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from peftkern.arguments import whole
 from peftkern.hf.config import ALL_LINEAR, TargetedConfig, is_number, positive_int
 from peftkern.hf.planning import Planning
 from peftkern.hf.targets import Choice, Site
@@ -62,6 +63,7 @@ class SparseDeltaConfig(TargetedConfig):
         super().__post_init__()
         if not is_number(self.density) or not 0.0 < self.density <= 1.0:
             raise ValueError(f"density: expected a number in (0, 1], got {self.density!r}")
+        whole("seed", self.seed, -(2**63), 2**64 - 1)
         if self.pattern not in PATTERNS:
             raise ValueError(f"pattern: got {self.pattern!r}, expected one of {PATTERNS}")
         if self.selection is not None and not hasattr(self.selection, "indices"):

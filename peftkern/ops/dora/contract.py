@@ -314,7 +314,7 @@ def _check_norm(
     checks.dtype_in("norm_sq", norm_sq, (torch.float64,))
     checks.contiguous("norm_sq", norm_sq)
     checks.shape_is("norm_sq", norm_sq, (out_features,))
-    checks.same_device("weight", weight, lora_A=lora_A, lora_B=lora_B, norm_sq=norm_sq)
+    checks.same_device("base", weight, lora_A=lora_A, lora_B=lora_B, norm_sq=norm_sq)
 
 
 def _fake_norm(weight: Tensor, *rest: Any) -> Tensor:

@@ -49,23 +49,23 @@ def check_base(
     """The activations and a frozen base [out_features, in] that fits them."""
     checks.float_matrix("x", x)
     if weight.device != x.device or (absmax is not None and absmax.device != x.device):
-        checks.same_device("x", x, weight=weight, absmax=absmax)
+        checks.same_device("x", x, base=weight, absmax=absmax)
     in_features = x.shape[1]
     if format not in checks.BASE_FORMATS:
         raise ValueError(f"format: got {format!r}, expected one of {checks.BASE_FORMATS}")
     if format == "dense":
-        checks.dtype_in("weight", weight, (x.dtype,))
-        checks.shape_is("weight", weight, (out_features, in_features))
+        checks.dtype_in("base", weight, (x.dtype,))
+        checks.shape_is("base", weight, (out_features, in_features))
         if not (weight.is_contiguous() or weight.t().is_contiguous()):
             raise ValueError(
-                f"weight: got strides {weight.stride()}, expected row-major or its transpose"
+                f"base: got strides {weight.stride()}, expected row-major or its transpose"
             )
         return
     if absmax is None:
         raise ValueError(f"absmax: got None, expected the statistics of a {format} base")
     if format == "int8":
         checks.statistics_8bit(weight, absmax)
-        checks.shape_is("weight", weight, (out_features, in_features))
+        checks.shape_is("base", weight, (out_features, in_features))
         return
     checks.quant_type_4bit(format, blocksize)
     numel = out_features * in_features
