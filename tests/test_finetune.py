@@ -180,6 +180,31 @@ def test_causal_lm_learns_and_resumes_exactly(llama: Path, text: Path, tmp_path:
     assert again.exit_code == 0, again.output
     name = "final/adapter_model.safetensors"
     assert (cut / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    # A run that is at its end stays there.
+    more = run(*common, "--output", cut, "--resume")
+    assert more.exit_code == 0, more.output
+    assert "nothing is left to train" in " ".join(more.output.split())
+    assert report_of(cut)["steps"] == 8
+    assert (cut / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert report_of(cut)["held_out"] == report["held_out"]
+
+
+def test_epochs_that_are_over_are_not_trained_again(
+    llama: Path, text: Path, tmp_path: Path
+) -> None:
+    common = ("--model", llama, "--data", text, "--method", "full", "--output", tmp_path)
+    common += ("--max-length", 32, "--batch-size", 8, "--dtype", "float32")
+    first = run(*common, "--epochs", 1)
+    assert first.exit_code == 0, first.output
+    steps = report_of(tmp_path)["steps"]
+    weights = (tmp_path / "final" / "model.safetensors").read_bytes()
+    again = run(*common, "--epochs", 1, "--resume")
+    assert again.exit_code == 0, again.output
+    assert report_of(tmp_path)["steps"] == steps
+    assert (tmp_path / "final" / "model.safetensors").read_bytes() == weights
+    longer = run(*common, "--epochs", 2, "--resume")
+    assert longer.exit_code == 0, longer.output
+    assert report_of(tmp_path)["steps"] == 2 * steps
 
 
 @pytest.mark.slow

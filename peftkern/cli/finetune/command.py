@@ -283,7 +283,8 @@ def _train(
         trainer.remove_callback(_printer())
         begin = time.monotonic()
         try:
-            trainer.train(resume_from_checkpoint=None if start is None else str(start))
+            if not trainer.train_from(start):
+                console.print(f"{start} is the end of this run: nothing is left to train")
         except KeyboardInterrupt:
             kept = training.last_checkpoint(output)
             where = f"the last checkpoint is {kept}; go on with --resume" if kept else "none saved"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import peftkern as pk
@@ -46,6 +46,24 @@ class AdapterTrainer(Trainer):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         pk.load_adapter(self.model, resume_from_checkpoint)
         return None
+
+    def train_from(self, checkpoint: Path | None) -> bool:
+        """Train to the end, from a checkpoint on where one is given.
+
+        Returns:
+            False where the checkpoint is the end already. It is loaded then; ``train`` would make
+            one step more.
+        """
+        if checkpoint is not None:
+            reached = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            limit = self.args.max_steps
+            steps_left = reached.global_step < limit
+            if not (steps_left if limit > 0 else (reached.epoch or 0) < self.args.num_train_epochs):
+                self._load_from_checkpoint(str(checkpoint))
+                self.state = reached
+                return False
+        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        return True
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with uninterrupted():
