@@ -49,6 +49,8 @@ TARGETS = (
     *_linear(),
     Target(r"qlora_layer-m32-", "hf-peft+bitsandbytes", 2.0),
     Target(r"qlora_layer-m512-", "hf-peft+bitsandbytes", 1.2),
+    Target(r"bottleneck_fwd-m[1-8]-", "eager", 3.0),
+    Target(r"bottleneck_(fwd|step)-m(512|2048)-", "eager", 1.5),
     Target(r"quantize_nf4-", FLOOR, 0.6),
     Target(r"quantize_nf4-", "bitsandbytes", 50.0),
     Target(r"dequantize_nf4-", FLOOR, 0.8),

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from bench import (
+    bench_adapters,
     bench_linear,
     bench_lora,
     bench_lora_layers,
@@ -27,7 +28,15 @@ from bench import (
 )
 from peftkern import registry
 
-FILES = (bench_linear, bench_lora, bench_lora_layers, bench_optim, bench_qlora, bench_quantize)
+FILES = (
+    bench_adapters,
+    bench_linear,
+    bench_lora,
+    bench_lora_layers,
+    bench_optim,
+    bench_qlora,
+    bench_quantize,
+)
 
 
 @pytest.mark.parametrize("level", ["quick", "standard", "full"])

@@ -11,6 +11,8 @@
 #include "pairs.inl.h"
 #include "panel.inl.h"
 #include "rows.inl.h"
+#include "narrow.inl.h"
+#include "product.inl.h"
 #include "activation.inl.h"
 #include "bottleneck.inl.h"
 #include "quantize.inl.h"

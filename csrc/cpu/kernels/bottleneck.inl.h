@@ -82,13 +82,13 @@ void run_bottleneck(const Bottleneck& b, int64_t i0, int64_t rows, BottleneckScr
     down.w = dense_weight(b.down_w, b.adapter_dtype, b.rank, b.k);
     for (int64_t j0 = 0; j0 < b.rank; j0 += kRowPanelCols) {
         int64_t cols = min64(kRowPanelCols, b.rank - j0);
-        for (int64_t i = 0; i < rows; ++i)
-            __builtin_memset(panel.sum + i * kSumStride, 0, kRowPanelCols * sizeof(float));
+        if (b.k == 0)
+            clear_sums(panel.sum, rows, cols);
         for (int64_t k0 = 0; k0 < b.k; k0 += kDepth) {
             int64_t depth = min64(kDepth, b.k - k0);
             for (int64_t i = 0; i < rows; ++i)
                 operand_run(down.x, i0 + i, k0, depth, nullptr, panel.x + i * kStride);
-            add_block<false>(down, j0, cols, k0, depth, rows, panel.x, panel.sum, panel);
+            add_block<false>(down, j0, cols, k0, depth, rows, panel.x, panel.sum, k0 == 0, panel);
         }
         load_entries(b.down_b, b.adapter_dtype, false, j0, cols, 0.0f, s.bias);
         for (int64_t i = 0; i < rows; ++i) {
@@ -102,15 +102,15 @@ void run_bottleneck(const Bottleneck& b, int64_t i0, int64_t rows, BottleneckScr
     up.w = dense_weight(b.up_w, b.adapter_dtype, b.n, b.rank);
     for (int64_t j0 = 0; j0 < b.n; j0 += kRowPanelCols) {
         int64_t cols = min64(kRowPanelCols, b.n - j0);
-        for (int64_t i = 0; i < rows; ++i)
-            __builtin_memset(panel.sum + i * kSumStride, 0, kRowPanelCols * sizeof(float));
+        if (b.rank == 0)
+            clear_sums(panel.sum, rows, cols);
         for (int64_t k0 = 0; k0 < b.rank; k0 += kDepth) {
             int64_t depth = min64(kDepth, b.rank - k0);
             if (j0 == 0 || b.rank > kDepth)
                 for (int64_t i = 0; i < rows; ++i)
                     __builtin_memcpy(panel.x + i * kStride, s.h + i * b.rank + k0,
                                      (size_t)depth * sizeof(float));
-            add_block<false>(up, j0, cols, k0, depth, rows, panel.x, panel.sum, panel);
+            add_block<false>(up, j0, cols, k0, depth, rows, panel.x, panel.sum, k0 == 0, panel);
         }
         load_entries(b.up_b, b.adapter_dtype, false, j0, cols, 0.0f, s.bias);
         load_entries(b.scale, b.adapter_dtype, b.scales == 1, j0, cols, 1.0f, s.scale);
@@ -332,10 +332,8 @@ int backward_block(const Bottleneck& b, const BottleneckGradients& g, int64_t i0
         p.out = (void*)at_row(g.dx, b.dtype, i0, b.k);
         p.out_dtype = b.dtype;
         p.out_row_stride = b.k;
-        p.add = g.add_dy ? p.out : nullptr;
+        p.add = g.add_dy ? dy : nullptr; // the residual is x: n = k
         p.add_dtype = b.dtype;
-        if (g.add_dy)
-            __builtin_memcpy(p.out, dy, (size_t)(rows * b.k * dtype_size(b.dtype)));
         if (int status = product(p))
             return status;
     }
@@ -376,6 +374,73 @@ int backward_block(const Bottleneck& b, const BottleneckGradients& g, int64_t i0
     return kOk;
 }
 
+// The sum of a[i] * b[i], short sums in double.
+double wide_dot(const float* a, const float* b, int64_t n) {
+    double sums[8] = {};
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        for (int c = 0; c < 8; ++c)
+            sums[c] += (double)a[i + c] * (double)b[i + c];
+    for (int c = 0; i + c < n; ++c)
+        sums[c] += (double)a[i + c] * (double)b[i + c];
+    return ((sums[0] + sums[1]) + (sums[2] + sums[3])) +
+           ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
+// to[c][k] = from[k][c] for `count` columns from column n on, from row k0 on.
+void turn_columns(const float* from, int64_t n, int64_t columns, int64_t k0, int64_t len,
+                  int64_t count, float* to) {
+    from += k0 * columns + n;
+    int64_t k = 0;
+    if (count == L)
+        for (; k + L <= len; k += L)
+            V::transpose(from + k * columns, columns, to + k, kPiece);
+    for (; k < len; ++k)
+        for (int64_t c = 0; c < count; ++c)
+            to[c * kPiece + k] = from[k * columns + c];
+}
+
+// g.up_sum holds h^T masked dy, g.up_b_sum the column sums of masked dy: from them dU, db_u and the
+// scale's gradient.
+void finish_gradients(const Bottleneck& b, const BottleneckGradients& g) {
+    alignas(64) float turned[L * kPiece];
+    float row[kPiece];
+    double scale_sum = 0.0;
+    for (int64_t n0 = 0; n0 < b.n; n0 += L) {
+        int64_t count = min64(L, b.n - n0);
+        double along[L] = {};
+        float scale[L];
+        load_entries(b.scale, b.adapter_dtype, b.scales == 1, n0, count, 1.0f, scale);
+        for (int64_t k0 = 0; k0 < b.rank; k0 += kPiece) {
+            int64_t len = min64(kPiece, b.rank - k0);
+            turn_columns(g.up_sum, n0, b.n, k0, len, count, turned);
+            for (int64_t c = 0; c < count; ++c) {
+                float* sums = turned + c * kPiece;
+                int64_t at = ((n0 + c) * b.rank + k0) * dtype_size(b.adapter_dtype);
+                if (b.scale != nullptr) {
+                    load_run((const char*)b.up_w + at, b.adapter_dtype, len, row);
+                    along[c] += wide_dot(row, sums, len);
+                }
+                scale_run(sums, len, scale[c]);
+                store_run(sums, len, b.adapter_dtype, (char*)g.up_w + at);
+            }
+        }
+        for (int64_t c = 0; c < count; ++c) {
+            int64_t n = n0 + c;
+            if (g.up_b != nullptr)
+                store_from_float(g.up_b, b.adapter_dtype, n, scale[c] * g.up_b_sum[n]);
+            if (b.up_b != nullptr)
+                along[c] +=
+                    (double)load_as_float(b.up_b, b.adapter_dtype, n) * (double)g.up_b_sum[n];
+            if (g.scale != nullptr && b.scales != 1)
+                store_from_float(g.scale, b.adapter_dtype, n, (float)along[c]);
+            scale_sum += along[c];
+        }
+    }
+    if (g.scale != nullptr && b.scales == 1)
+        store_from_float(g.scale, b.adapter_dtype, 0, (float)scale_sum);
+}
+
 int bottleneck_backward(const Bottleneck& b, const BottleneckGradients& g) {
     if (b.scale != nullptr) {
         for (int64_t n = 0; n < b.n; ++n) {
@@ -394,38 +459,7 @@ int bottleneck_backward(const Bottleneck& b, const BottleneckGradients& g) {
             return status;
     if (g.down_sum == nullptr)
         return kOk;
-    // g.up_sum holds h^T masked dy, g.up_b_sum the column sums of masked dy: from them dU, db_u and
-    // the scale's gradient.
-    double scale_sum = 0.0;
-    float row[kPiece];
-    for (int64_t n = 0; n < b.n; ++n) {
-        float s = 1.0f;
-        if (b.scale != nullptr)
-            s = load_as_float(b.scale, b.adapter_dtype, b.scales == 1 ? 0 : n);
-        double along = 0.0;
-        for (int64_t k0 = 0; k0 < b.rank; k0 += kPiece) {
-            int64_t len = min64(kPiece, b.rank - k0);
-            if (b.scale != nullptr)
-                load_run((const char*)at_row(b.up_w, b.adapter_dtype, n, b.rank) +
-                             k0 * dtype_size(b.adapter_dtype),
-                         b.adapter_dtype, len, row);
-            for (int64_t k = 0; k < len; ++k) {
-                float sum = g.up_sum[(k0 + k) * b.n + n];
-                store_from_float(g.up_w, b.adapter_dtype, n * b.rank + k0 + k, s * sum);
-                if (b.scale != nullptr)
-                    along += (double)row[k] * (double)sum;
-            }
-        }
-        if (g.up_b != nullptr)
-            store_from_float(g.up_b, b.adapter_dtype, n, s * g.up_b_sum[n]);
-        if (b.up_b != nullptr)
-            along += (double)load_as_float(b.up_b, b.adapter_dtype, n) * (double)g.up_b_sum[n];
-        if (g.scale != nullptr && b.scales != 1)
-            store_from_float(g.scale, b.adapter_dtype, n, (float)along);
-        scale_sum += along;
-    }
-    if (g.scale != nullptr && b.scales == 1)
-        store_from_float(g.scale, b.adapter_dtype, 0, (float)scale_sum);
+    finish_gradients(b, g);
     return kOk;
 }
 

@@ -47,10 +47,13 @@ struct PanelScratch {
     alignas(64) float bias[kPanelCols];
 };
 
+// What becomes of the sums that lie in memory: products are added to them, or take their place, or
+// they go on as if an earlier call had not ended.
+enum Mode { kAdd, kPut, kGoOn };
+
 // R rows by P panels, S floats from one panel to the next. Few rows take several panels, to have
-// enough independent sums in flight. Adds the products to `sum`; with kGoOn it continues the very
-// sums that lie there, as if an earlier call had not ended.
-template <int R, int P, int S, bool kGoOn, bool kPair>
+// enough independent sums in flight.
+template <int R, int P, int S, Mode kMode, bool kPair>
 void tile(const float* x, const float* w, int64_t depth, float* sum) {
     constexpr int kVecs = P * V::kTileVecs;
     V::F acc[R][kVecs];
@@ -58,7 +61,7 @@ void tile(const float* x, const float* w, int64_t depth, float* sum) {
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
         for (int v = 0; v < kVecs; ++v)
-            acc[r][v] = kGoOn ? V::load(sum + r * kSumStride + v * L) : V::zero();
+            acc[r][v] = kMode == kGoOn ? V::load(sum + r * kSumStride + v * L) : V::zero();
     for (int64_t k = 0; k < depth; ++k) {
         V::F b[kVecs];
 #pragma GCC unroll 16
@@ -77,26 +80,26 @@ void tile(const float* x, const float* w, int64_t depth, float* sum) {
 #pragma GCC unroll 16
         for (int v = 0; v < kVecs; ++v) {
             float* s = sum + r * kSumStride + v * L;
-            V::store(s, kGoOn ? acc[r][v] : V::add(V::load(s), acc[r][v]));
+            V::store(s, kMode == kAdd ? V::add(V::load(s), acc[r][v]) : acc[r][v]);
         }
 }
 
 // R or fewer rows by all panels.
-template <int R, int S, bool kGoOn, bool kPair>
+template <int R, int S, Mode kMode, bool kPair>
 void tiles(int64_t rows, const float* x, const float* w, int64_t panels, int64_t depth,
            float* sum) {
     if constexpr (R > 1) {
         if (rows < R) {
-            tiles<R - 1, S, kGoOn, kPair>(rows, x, w, panels, depth, sum);
+            tiles<R - 1, S, kMode, kPair>(rows, x, w, panels, depth, sum);
             return;
         }
     }
     constexpr int P = R == 1 ? 3 : R <= V::kTileRows / 2 ? 2 : 1;
     int64_t j = 0;
     for (; j + P <= panels; j += P)
-        tile<R, P, S, kGoOn, kPair>(x, w + j * S, depth, sum + j * kTileCols);
+        tile<R, P, S, kMode, kPair>(x, w + j * S, depth, sum + j * kTileCols);
     for (; j < panels; ++j)
-        tile<R, 1, S, kGoOn, kPair>(x, w + j * S, depth, sum + j * kTileCols);
+        tile<R, 1, S, kMode, kPair>(x, w + j * S, depth, sum + j * kTileCols);
 }
 
 // Each vector of a line goes to its panel.
@@ -159,6 +162,7 @@ void pack_columns(const Segment& segment, int64_t col0, int64_t cols, int64_t k0
     bool direct = w.kind == k4Bit && w.cols % V::kWide == 0 && col0 % V::kWide == 0 &&
                   cols % V::kWide == 0 && ((int64_t)1 << w.block_shift) >= V::kWide &&
                   w.entries.index == nullptr;
+    bool plain = plain_floats(w) && whole == cols;
     for (int64_t k = 0; k < depth; ++k) {
         int64_t ahead = k0 + k + kAhead;
         if (ahead < segment.depth)
@@ -174,12 +178,17 @@ void pack_columns(const Segment& segment, int64_t col0, int64_t cols, int64_t k0
                 decode_groups<kF32>(w, flat, cols / V::kWide, panels);
             continue;
         }
-        decode_run(w, index == nullptr ? k0 + k : index[k0 + k], col0, cols, s.line);
+        int64_t row = index == nullptr ? k0 + k : index[k0 + k];
+        const float* line = s.line;
+        if (plain)
+            line = (const float*)w.p + row * w.stride + col0;
+        else
+            decode_run(w, row, col0, cols, s.line);
         float* to = s.weights + k * kTileCols;
         for (int64_t j = 0; j < whole; j += kTileCols, to += S)
 #pragma GCC unroll 4
             for (int v = 0; v < V::kTileVecs; ++v)
-                V::store(to + v * L, V::load(s.line + j + v * L));
+                V::store(to + v * L, V::load(line + j + v * L));
     }
 }
 
@@ -241,57 +250,76 @@ void add_tiles(int64_t rows, const float* x, int64_t panels, int64_t steps, floa
     Tiles::configure(16);
 }
 
-// Adds one block of the depth to the sums of a task: `rows` rows of x and of `sum`.
+// Zeros for the sums of `rows` rows, to whole panels of columns.
+void clear_sums(float* sum, int64_t rows, int64_t cols) {
+    size_t bytes = (size_t)(ceil_div(cols, kTileCols) * kTileCols) * sizeof(float);
+    for (int64_t i = 0; i < rows; ++i)
+        __builtin_memset(sum + i * kSumStride, 0, bytes);
+}
+
+template <Mode kMode, bool kPair>
+void multiply_panels(int64_t panels, int64_t depth, int64_t rows, const float* x, float* sum,
+                     PanelScratch& s) {
+    // A few panels at a time, so that they stay in the first-level cache over the rows.
+    for (int64_t j = 0; j < panels; j += kPanelGroup)
+        for (int64_t i = 0; i < rows; i += V::kTileRows)
+            tiles<V::kTileRows, kPanelStride, kMode, kPair>(
+                rows - i, x + i * kStride, s.weights + j * kPanelStride,
+                min64(kPanelGroup, panels - j), elements_of(depth, kPair),
+                sum + i * kSumStride + j * kTileCols);
+}
+
+// Adds one block of the depth to the sums of a task: `rows` rows of x and of `sum`; to nothing,
+// whatever lies in `sum`, when they are `fresh`.
 template <bool kPair>
 void add_block(const Segment& segment, int64_t j0, int64_t cols, int64_t k0, int64_t depth,
-               int64_t rows, const float* x, float* sum, PanelScratch& s) {
+               int64_t rows, const float* x, float* sum, bool fresh, PanelScratch& s) {
     if (segment.along_columns)
         pack<kPanelStride, kPair>(segment, j0, cols, k0, depth, s);
     else
         pack_rows<kPair>(segment.w, j0, cols, k0, depth, s);
     int64_t panels = ceil_div(cols, kTileCols);
     if constexpr (kTiles && kPair) {
+        if (fresh)
+            clear_sums(sum, rows, cols);
         add_tiles(rows, x, panels, ceil_div(depth, 2 * kTilePairs), sum, s);
-        return;
+    } else if (fresh) {
+        multiply_panels<kPut, kPair>(panels, depth, rows, x, sum, s);
+    } else {
+        multiply_panels<kAdd, kPair>(panels, depth, rows, x, sum, s);
     }
-    // A few panels at a time, so that they stay in the first-level cache over the rows.
-    for (int64_t j = 0; j < panels; j += kPanelGroup)
-        for (int64_t i = 0; i < rows; i += V::kTileRows)
-            tiles<V::kTileRows, kPanelStride, false, kPair>(
-                rows - i, x + i * kStride, s.weights + j * kPanelStride,
-                min64(kPanelGroup, panels - j), elements_of(depth, kPair),
-                sum + i * kSumStride + j * kTileCols);
 }
 
 // The same, bit for bit, for few rows: the weights are used while a few lines of them are in the
 // first-level cache, and the block's sums wait in memory.
 template <bool kPair>
 void add_thin_block(const Segment& segment, int64_t j0, int64_t cols, int64_t k0, int64_t depth,
-                    int64_t rows, const float* x, float* sum, PanelScratch& s) {
+                    int64_t rows, const float* x, float* sum, bool fresh, PanelScratch& s) {
     int64_t panels = ceil_div(cols, kTileCols);
-    for (int64_t i = 0; i < rows; ++i)
-        __builtin_memset(s.block + i * kSumStride, 0, (size_t)(panels * kTileCols) * sizeof(float));
+    float* block = fresh ? sum : s.block;
+    clear_sums(block, rows, cols);
     constexpr int64_t kStep = kPair ? 2 * kThinDepth : kThinDepth;
     for (int64_t k = 0; k < depth; k += kStep) {
         int64_t lines = min64(kStep, depth - k);
         pack<kThinDepth * kTileCols, kPair>(segment, j0, cols, k0 + k, lines, s);
         for (int64_t i = 0; i < rows; i += V::kTileRows)
-            tiles<V::kTileRows, kThinDepth * kTileCols, true, kPair>(
+            tiles<V::kTileRows, kThinDepth * kTileCols, kGoOn, kPair>(
                 rows - i, x + i * kStride + elements_of(k, kPair), s.weights, panels,
-                elements_of(lines, kPair), s.block + i * kSumStride);
+                elements_of(lines, kPair), block + i * kSumStride);
     }
-    for (int64_t i = 0; i < rows; ++i)
-        add_run(sum + i * kSumStride, s.block + i * kSumStride, panels * kTileCols);
+    for (int64_t i = 0; i < rows && !fresh; ++i)
+        add_run(sum + i * kSumStride, block + i * kSumStride, panels * kTileCols);
 }
 
 // Adds a segment's products to rows low .. high of `target`, the tile of rows i0 .. of the output.
 template <bool kPair>
 void add_products(const Product& p, const Segment& segment, int64_t i0, int64_t low, int64_t high,
-                  int64_t j0, int64_t cols, float* target, PanelScratch& s) {
+                  int64_t j0, int64_t cols, float* target, bool fresh, PanelScratch& s) {
     constexpr int64_t kStep = kPair ? 2 * kDepth : kDepth;
     float *x = s.x + low * kStride, *sum = target + low * kSumStride;
     for (int64_t k0 = 0; k0 < segment.depth; k0 += kStep) {
         int64_t depth = min64(kStep, segment.depth - k0);
+        bool put = fresh && k0 == 0;
         for (int64_t i = low; i < high; ++i) {
             int64_t row = row_of(p, i0 + i);
             float* to = s.x + i * kStride;
@@ -302,9 +330,9 @@ void add_products(const Product& p, const Segment& segment, int64_t i0, int64_t 
                 operand_run(segment.x, row, k0, depth, segment.depth_rows, to);
         }
         if (segment.along_columns && high - low <= kFewRows && !(kTiles && kPair))
-            add_thin_block<kPair>(segment, j0, cols, k0, depth, high - low, x, sum, s);
+            add_thin_block<kPair>(segment, j0, cols, k0, depth, high - low, x, sum, put, s);
         else
-            add_block<kPair>(segment, j0, cols, k0, depth, high - low, x, sum, s);
+            add_block<kPair>(segment, j0, cols, k0, depth, high - low, x, sum, put, s);
     }
 }
 
@@ -360,8 +388,12 @@ void run_panel(const PanelTask& task, int64_t chunk, PanelScratch& s) {
     int64_t rows = min64(task.tile_rows, p.m - i0);
     int64_t cols = min64(task.tile_cols, p.n - j0);
     constexpr int64_t stride = kSumStride;
-    for (int64_t i = 0; i < rows; ++i)
-        __builtin_memset(s.sum + i * stride, 0, kSumStride * sizeof(float));
+    // The first segment's products take the place of zeros where they are on every row.
+    const Segment& first = segment_of(p, 0);
+    bool covers =
+        p.segments > 0 && first.depth > 0 && first.row_begin <= i0 && first.row_end >= i0 + rows;
+    if (!covers)
+        clear_sums(s.sum, rows, cols);
     float* target = s.sum;
     bool joined = false;
     for (int n = 0; n < p.segments; ++n) {
@@ -373,13 +405,12 @@ void run_panel(const PanelTask& task, int64_t chunk, PanelScratch& s) {
             // What comes first may be masked where the sum will be.
             target = (segment.mask.on || segment.join) && n > 0 ? s.part : s.sum;
             if (target == s.part)
-                for (int64_t i = low; i < high; ++i)
-                    __builtin_memset(s.part + i * stride, 0, kSumStride * sizeof(float));
+                clear_sums(s.part + low * stride, high - low, cols);
         }
         if (kPairs && task.pairs && in_pairs(segment))
-            add_products<kPairs>(p, segment, i0, low, high, j0, cols, target, s);
+            add_products<kPairs>(p, segment, i0, low, high, j0, cols, target, covers && n == 0, s);
         else
-            add_products<false>(p, segment, i0, low, high, j0, cols, target, s);
+            add_products<false>(p, segment, i0, low, high, j0, cols, target, covers && n == 0, s);
         joined = segment.join;
         if (joined)
             continue;

@@ -251,46 +251,48 @@ void add_segment(const RowTask& task, const Segment& segment, const float* x, in
         return;
     }
     int64_t whole = pairs ? 2 * kPiece : kPiece;
+    bool plain = plain_floats(w);
     for (int64_t k = 0; k < segment.depth; k += whole) {
         int64_t len = min64(whole, segment.depth - k);
         int64_t elements = elements_of(len, pairs), vectors = ceil_div(elements, L);
         const float* at = x + elements_of(k, pairs);
         for (int64_t r = 0; r < rows; ++r) {
-            if (pairs)
+            const float* line = piece;
+            if (pairs) {
                 decode_pairs(w, j + r, k, len, piece + kPiece, piece);
-            else
+            } else if (plain && len % L == 0) {
+                line = (const float*)w.p + (j + r) * w.stride + k;
+            } else {
                 decode_piece(w, j + r, k, len, piece);
+            }
             for (int64_t i = elements; i < vectors * L; ++i)
                 piece[i] = 0.0f;
             for (int64_t i = segment.row_begin; i < end; i += V::kRowGroup) {
                 const float* rows_of_x = at + i * task.x_stride;
                 Chains* sums = chains + r * m + i;
                 if (kPairs && pairs)
-                    dots_of<V::kRowGroup, kPairs>(end - i, piece, rows_of_x, task.x_stride, vectors,
+                    dots_of<V::kRowGroup, kPairs>(end - i, line, rows_of_x, task.x_stride, vectors,
                                                   sums);
                 else
-                    dots_of<V::kRowGroup, false>(end - i, piece, rows_of_x, task.x_stride, vectors,
+                    dots_of<V::kRowGroup, false>(end - i, line, rows_of_x, task.x_stride, vectors,
                                                  sums);
             }
         }
     }
 }
 
-void store_row(const Product& p, int64_t j, const Chains* chains) {
-    float bias = p.bias == nullptr ? 0.0f : load_as_float(p.bias, p.bias_dtype, j);
-    for (int64_t i = 0; i < p.m; ++i) {
-        int64_t at = row_of(p, i) * p.out_row_stride + j * p.out_col_stride;
-        float y = fold(chains[i]);
-        if (p.add != nullptr)
-            y += load_as_float(p.add, p.add_dtype, at);
-        if (p.unscaled != nullptr)
-            store_from_float(p.unscaled, p.out_dtype, at, y);
-        if (p.scale != nullptr)
-            y *= p.scale[j];
-        if (p.bias != nullptr)
-            y += bias;
-        store_from_float(p.out, p.out_dtype, at, y);
-    }
+// round(scale * (sum + add) + bias) for output j of row i.
+void store_sum(const Product& p, int64_t i, int64_t j, float y) {
+    int64_t at = row_of(p, i) * p.out_row_stride + j * p.out_col_stride;
+    if (p.add != nullptr)
+        y += load_as_float(p.add, p.add_dtype, at);
+    if (p.unscaled != nullptr)
+        store_from_float(p.unscaled, p.out_dtype, at, y);
+    if (p.scale != nullptr)
+        y *= p.scale[j];
+    if (p.bias != nullptr)
+        y += load_as_float(p.bias, p.bias_dtype, j);
+    store_from_float(p.out, p.out_dtype, at, y);
 }
 
 void row_body(void* context, Queue* queue) {
@@ -319,7 +321,8 @@ void row_body(void* context, Queue* queue) {
                 xs += line_of(segment_of(p, n));
             }
             for (int64_t r = 0; r < rows; ++r)
-                store_row(p, j + r, chains + r * p.m);
+                for (int64_t i = 0; i < p.m; ++i)
+                    store_sum(p, i, j + r, fold(chains[r * p.m + i]));
         }
     }
 }
@@ -346,20 +349,6 @@ int row_product(const Product& p, int threads) {
     task.rows_per_chunk = kBlockRows * (blocks < 1 ? 1 : blocks > 8 ? 8 : blocks);
     run_parallel(threads, ceil_div(p.n, task.rows_per_chunk), row_body, &task);
     return task.status;
-}
-
-int product(const Product& p) {
-    if (p.m == 0 || p.n == 0)
-        return kOk;
-    double microseconds = 0.0;
-    for (int n = 0; n < p.segments; ++n) {
-        const Segment& segment = segment_of(p, n);
-        double weights = (double)p.n * (double)segment.depth;
-        int64_t rows = min64(segment.row_end, p.m) - segment.row_begin;
-        microseconds += weights * (1e-4 + (double)rows * 3e-5) / V::kSpeed;
-    }
-    int threads = worthwhile_threads(p.threads, microseconds);
-    return row_kernel_serves(p) ? row_product(p, threads) : panel_product(p, threads);
 }
 
 } // namespace

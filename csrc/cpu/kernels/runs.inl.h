@@ -325,6 +325,11 @@ void decode_run(const Weight& w, int64_t row, int64_t col, int64_t n, float* out
         add_entries(w, row, col, n, out);
 }
 
+// Whether stored rows are what decoding would give.
+bool plain_floats(const Weight& w) {
+    return w.kind == kDense && w.dtype == kF32 && !w.dropout.on && w.entries.index == nullptr;
+}
+
 // x[i] -= dropout(x)[i], elements as in dropout_run().
 void subtract_dropout_run(float* x, int64_t n, const Dropout& d, int64_t first, int dtype) {
     constexpr int64_t kSpan = 256;

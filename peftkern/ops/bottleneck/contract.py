@@ -201,6 +201,7 @@ define_op(
         samples=_samples_forward,
         tolerance="error_rule",
         baseline=_baseline_forward,
+        bench=("bottleneck",),
     )
 )
 
@@ -331,5 +332,6 @@ define_op(
         tolerance="error_rule",
         baseline=_baseline_backward,
         factor=2.0,
+        bench=("bottleneck",),
     )
 )

@@ -234,6 +234,7 @@ define_op(
         samples=_samples_forward,
         tolerance="error_rule",
         baseline=_baseline_forward,
+        bench=("prefix",),
     )
 )
 
@@ -358,5 +359,6 @@ define_op(
         tolerance="error_rule",
         baseline=_baseline_backward,
         factor=2.0,
+        bench=("prefix",),
     )
 )

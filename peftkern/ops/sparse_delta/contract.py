@@ -150,6 +150,7 @@ define_op(
         samples=_samples_forward,
         tolerance="error_rule",
         baseline=_baseline_forward,
+        bench=("sparse_delta",),
     )
 )
 
@@ -224,6 +225,7 @@ define_op(
         tolerance="error_rule",
         baseline=_baseline_dx,
         factor=2.0,
+        bench=("sparse_delta",),
     )
 )
 
@@ -265,5 +267,6 @@ define_op(
         tolerance="error_rule",
         baseline=_baseline_sampled,
         factor=2.0,
+        bench=("sparse_delta",),
     )
 )
