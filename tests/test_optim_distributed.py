@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from peftkern import optim
+from peftkern.ops.optimizer import reference
 
 STEPS = 4
 pytestmark = pytest.mark.slow
@@ -126,8 +127,60 @@ def check_fsdp2(part: slice, rank: int, folder: Path) -> None:
         values(eight), alone(optim.AdamW8bit, lr=1e-2, min_8bit_size=1024), strict=True
     ):
         assert (a - b).abs().mean() < 1e-3
+    check_eight_bit_state(sharded, part, rank)
     with pytest.raises(ValueError, match="is a DTensor"):
         train(eight, optim.PagedAdamW(eight.parameters()), 0, 1, part)
+
+
+def check_eight_bit_state(sharded: Any, part: slice, rank: int) -> None:
+    """Saved whole, loaded on the same ranks bit for bit, and in one process within rounding."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    def codes(optimizer: Any) -> list[torch.Tensor]:
+        names = ("state1", "absmax1", "state2", "absmax2")
+        return [s[n].clone() for s in optimizer.state.values() for n in names if "absmax1" in s]
+
+    options = StateDictOptions(full_state_dict=True)
+    kwargs: dict[str, Any] = dict(min_8bit_size=1024)
+    model = sharded()
+    optimizer = optim.AdamW8bit(model.parameters(), lr=1e-2, **kwargs)
+    train(model, optimizer, 0, 3, part)
+    whole = get_optimizer_state_dict(model, optimizer, options=options)
+    again = sharded()
+    for p, q in zip(again.parameters(), model.parameters(), strict=True):
+        p.data.to_local().copy_(q.data.to_local())  # type: ignore[attr-defined]
+    resumed = optim.AdamW8bit(again.parameters(), lr=9.0, **kwargs)
+    set_optimizer_state_dict(again, resumed, whole, options=options)
+    assert codes(optimizer)
+    for a, b in zip(codes(optimizer), codes(resumed), strict=True):
+        assert torch.equal(a, b)
+    weights = values(model)
+    for m, o in ((model, optimizer), (again, resumed)):
+        train(m, o, 3, 5, part)
+    ended = values(model)
+    for a, b in zip(ended, values(again), strict=True):
+        assert torch.equal(a, b)
+    if rank == 0:
+        single = make_model()
+        for p, value in zip(single.parameters(), weights, strict=True):
+            p.data.copy_(value)
+        names = [name for name, _ in single.named_parameters()]
+        one = optim.AdamW8bit(single.parameters(), lr=1e-2, **kwargs)
+        state = {i: whole["state"][name] for i, name in enumerate(names)}
+        one.load_state_dict({"state": state, "param_groups": one.state_dict()["param_groups"]})
+        for i, p in enumerate(single.parameters()):
+            want, kept = whole["state"][names[i]]["state1"], one.state[p]
+            got = kept["state1"]
+            if "absmax1" in kept:
+                got = reference.decode(got.view(-1), kept["absmax1"], True).view_as(want)
+            assert (got - want).abs().max() <= 0.02 * want.abs().max()
+        train(single, one, 3, 5, slice(0, 8))
+        for a, b in zip(values(single), ended, strict=True):
+            assert (a - b).abs().mean() < 1e-3
 
 
 def _worker(rank: int, check: str, folder: str) -> None:

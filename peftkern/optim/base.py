@@ -385,6 +385,9 @@ class BlockOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state in bitsandbytes' layout: tensors under ``__bnb_optimizer_quant_state__``.
 
+        8-bit state of DTensors is handed out as fp32 DTensors, so that it can be gathered and
+        sharded anew; at the same world size it loads bit for bit.
+
         Returns:
             ``state`` and ``param_groups``; loads into bitsandbytes' optimizer of the same name.
         """
@@ -392,10 +395,12 @@ class BlockOptimizer(torch.optim.Optimizer):
         states = result["state"]
         counted = [key for key, value in states.items() if isinstance(value.get("step"), Tensor)]
         steps = dict(zip(counted, steps_of([states[key] for key in counted]), strict=True))
-        result["state"] = {
-            key: interchange.wrap({**value, "step": steps[key]} if key in steps else value)
-            for key, value in states.items()
-        }
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for key, value in states.items():
+            sharded = "absmax1" in value and hasattr(parameters[key], "device_mesh")
+            state = interchange.spread(value, parameters[key]) if sharded else value
+            counted_state = {**state, "step": steps[key]} if key in steps else state
+            result["state"][key] = interchange.wrap(counted_state)
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

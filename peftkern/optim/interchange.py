@@ -66,6 +66,31 @@ def _like_dtensor(value: Tensor, parameter: Any) -> Tensor:
     )
 
 
+def spread(state: dict[str, Any], parameter: Any) -> dict[str, Any]:
+    """8-bit state of a DTensor as FSDP can gather and cut it again: as DTensors.
+
+    Codes mean nothing without the blocks of the shard that they were made for, so values are handed
+    out in fp32, shaped and placed as the parameter. Where all shards have as many elements, the
+    statistics go along: loaded at the same world size, they give the same codes back.
+    """
+    mesh, placements = parameter.device_mesh, parameter.placements
+    shards = mesh.size() if mesh.ndim == 1 and placements[0].is_shard(0) else 1
+    even = parameter._local_tensor.numel() * shards == parameter.numel() and shards > 1
+    out = {name: value for name, value in state.items() if name not in TENSORS}
+    for i in (1, 2):
+        codes = state.get(f"state{i}")
+        if codes is None:
+            continue
+        absmax = state[f"absmax{i}"]
+        values = reference.decode(codes.reshape(-1), absmax, i == 1).view(codes.shape)
+        out[f"state{i}"] = _like_dtensor(values, parameter)
+        if even:
+            from torch.distributed.tensor import DTensor
+
+            out[f"absmax{i}"] = DTensor.from_local(absmax, mesh, placements, run_check=False)
+    return out
+
+
 def _map(i: int) -> Tensor:
     return dynamic_map() if i == 1 else reference.unsigned_map()
 
@@ -128,10 +153,15 @@ def adopt(
         if not eight_bit:
             stored.view(-1).copy_(flat)
             continue
-        codes, absmax = reference.encode(flat.float().contiguous(), i == 1)
+        flat = flat.float().contiguous()
+        kept = getattr(loaded.get(f"absmax{i}"), "_local_tensor", None)
+        codes, absmax = reference.encode(flat, i == 1, kept)
+        if kept is not None and not torch.equal(reference.decode(codes, kept, i == 1), flat):
+            codes, absmax = reference.encode(flat, i == 1)  # they were those of other shards
         stored.view(-1).copy_(codes)
         target[f"absmax{i}"].copy_(absmax)
-        _LOG.info("%s: %s converted from %s to 8 bits", name, key, value.dtype)
+        if kept is not absmax:
+            _LOG.info("%s: %s converted from %s to 8 bits", name, key, value.dtype)
     return target
 
 

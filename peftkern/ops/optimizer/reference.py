@@ -62,18 +62,19 @@ def unsigned_thresholds() -> Tensor:
     return ((values[1:] + values[:-1]) / 2).float()
 
 
-def encode(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+def encode(x: Tensor, signed: bool, absmax: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Blockwise 8-bit codes and absmax of a flat fp32 tensor; ties take the lower code.
 
     Args:
         x: fp32 [n].
         signed: the map of first moments, or that of second moments (x >= 0).
+        absmax: fp32 [ceil(n / 256)], if other scales are to be used than the largest values.
 
     Returns:
         codes uint8 [n], absmax fp32 [ceil(n / 256)].
     """
     rows = torch.nn.functional.pad(x, (0, -x.numel() % BLOCK)).view(-1, BLOCK)
-    absmax = rows.abs().amax(1)
+    absmax = rows.abs().amax(1) if absmax is None else absmax
     # As for 4 bits: a denormal absmax has no finite reciprocal, so both are lifted exactly.
     lift = torch.where(absmax < _SMALLEST_NORMAL, 2.0**64, 1.0)
     inverse = torch.where(absmax == 0, 0.0, 1.0 / (absmax * lift))
