@@ -20,7 +20,21 @@ def cells(level: str, dtype: str) -> list[Cell]:
             for k, n in SHAPES[level]:
                 for m in ROWS[level]:
                     found.append(_cell(fmt, way, m, k, n, dtype))
+    found += [_llm_int8(m, k, n, dtype) for k, n in SHAPES[level] for m in ROWS[level]]
     return found
+
+
+def _llm_int8(m: int, k: int, n: int, dtype: str) -> Cell:
+    kind = DTYPES[dtype]
+    return Cell(
+        name=f"llm_int8_fwd-m{m}-{k}x{n}-{dtype}",
+        family="llm_int8",
+        rows=m,
+        contenders=("peftkern", "peftkern-exact", "bitsandbytes", "torch"),
+        traffic=linear_traffic("int8", m, k, n, kind.itemsize),
+        flops=2 * m * k * n,
+        build=partial(peers.llm_int8, m, k, n, kind),
+    )
 
 
 def _cell(fmt: str, way: str, m: int, k: int, n: int, dtype: str) -> Cell:

@@ -35,6 +35,7 @@ LORA_RANKS = {"quick": (16,), "standard": (16,), "full": (8, 16, 64)}
 # What an op's contract may name in OpSpec.bench; --bench-op takes an op or one of these.
 FAMILIES = (
     "linear",
+    "llm_int8",
     "lora",
     "qlora_layer",
     "lora_group",

@@ -20,6 +20,7 @@ import peftkern as pk
 from .cases import weight_bytes
 from .measure import Contender, copies_for
 
+_THRESHOLD = 6.0  # bitsandbytes' usual one
 Layer = Callable[[torch.Tensor], torch.Tensor]
 Built = tuple[list[Contender], dict[str, str]]
 
@@ -81,12 +82,14 @@ def bitsandbytes_module() -> Any:
     return bitsandbytes
 
 
-def bitsandbytes_layer(fmt: str, w: torch.Tensor, *, nested: bool = False) -> torch.nn.Module:
+def bitsandbytes_layer(
+    fmt: str, w: torch.Tensor, *, nested: bool = False, threshold: float = 0.0
+) -> torch.nn.Module:
     """A bitsandbytes layer in training mode over ``w``, quantized by bitsandbytes itself."""
     bnb = bitsandbytes_module()
     n, k = w.shape
     if fmt == "int8":
-        layer = bnb.nn.Linear8bitLt(k, n, bias=False, has_fp16_weights=False, threshold=0.0)
+        layer = bnb.nn.Linear8bitLt(k, n, bias=False, has_fp16_weights=False, threshold=threshold)
         layer.weight = bnb.nn.Int8Params(w.clone(), has_fp16_weights=False, requires_grad=False)
     else:
         layer = bnb.nn.Linear4bit(
@@ -109,6 +112,31 @@ def peftkern_base(fmt: str, w: torch.Tensor) -> Any:
     if fmt == "int8":
         return pk.quantize_8bit(w)
     return pk.quantize_4bit(w, quant_type=fmt, blocksize=64, double_quant=False)
+
+
+def llm_int8(m: int, k: int, n: int, dtype: torch.dtype) -> Built:
+    """INT8 with rows of x rounded to 8 bits, against the exact product, bitsandbytes and torch."""
+    size, dense = weight_bytes("int8", k, n, 1), weight_bytes("dense", k, n, dtype.itemsize)
+    io = m * (k + n) * dtype.itemsize
+    w = (torch.randn(n, k) / k**0.5).to(dtype)
+    packed = clones(pk.quantize_8bit(w), size)
+    function = pk.functional.linear_8bit
+    ours: list[Layer] = [lambda x, q=q: function(x, q, threshold=_THRESHOLD) for q in packed]
+    exact: list[Layer] = [lambda x, q=q: function(x, q) for q in packed]
+    rows = [
+        _forward("peftkern", ours, k, dtype, size + io),
+        _forward("peftkern-exact", exact, k, dtype, size + io),
+    ]
+    absent = {}
+    try:
+        layer = bitsandbytes_layer("int8", w, threshold=_THRESHOLD).eval()
+    except ImportError as error:
+        absent["bitsandbytes"] = f"not installed: {error}"
+    else:
+        rows.append(_forward("bitsandbytes", clones(layer, size), k, dtype, size + io))
+    plain: list[Layer] = [lambda x, v=v: torch.nn.functional.linear(x, v) for v in clones(w, dense)]
+    rows.append(_forward("torch", plain, k, dtype, dense + io))
+    return rows, absent
 
 
 def linear(fmt: str, way: str, m: int, k: int, n: int, dtype: torch.dtype) -> Built:

@@ -47,6 +47,8 @@ def _linear() -> list[Target]:
 # against bitsandbytes count.
 TARGETS = (
     *_linear(),
+    Target(r"llm_int8_fwd-m1-", "torch", 2.5),
+    Target(r"llm_int8_fwd-m(128|512|2048)-", "torch", 1.3),
     Target(r"qlora_layer-m32-", "hf-peft+bitsandbytes", 2.0),
     Target(r"qlora_layer-m512-", "hf-peft+bitsandbytes", 1.2),
     Target(r"bottleneck_fwd-m[1-8]-", "eager", 3.0),

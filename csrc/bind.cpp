@@ -300,6 +300,7 @@ PYBIND11_MODULE(_C, m) {
     bind_pages(m);
     bind_dora(m);
     bind_gated(m);
+    bind_int8(m);
     bind_lora_group(m);
     bind_multi_lora(m);
     bind_sparse(m);

@@ -119,6 +119,7 @@ void bind_optimizer(py::module_& m);
 void bind_pages(py::module_& m);
 void bind_dora(py::module_& m);
 void bind_gated(py::module_& m);
+void bind_int8(py::module_& m);
 void bind_lora_group(py::module_& m);
 void bind_multi_lora(py::module_& m);
 void bind_sparse(py::module_& m);

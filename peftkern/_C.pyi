@@ -158,6 +158,22 @@ def group_forward(
     threads: int,
     /,
 ) -> None: ...
+def int8_product(
+    x: int,
+    dtype: int,
+    m: int,
+    k: int,
+    n: int,
+    codes: int,
+    scb: int,
+    bias: int,
+    threshold: float,
+    out: int,
+    work: int,
+    threads: int,
+    /,
+) -> int: ...
+def int8_work(m: int, k: int, threshold: float, /) -> int: ...
 def isa() -> str: ...
 def isas() -> list[str]: ...
 def linear(

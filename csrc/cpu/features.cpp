@@ -42,6 +42,8 @@ bool has_avx512() {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
+bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+
 bool has_avx512_bf16() {
     return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
            __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
@@ -76,6 +78,8 @@ bool has_amx() {
 bool has_avx2() { return false; }
 
 bool has_avx512() { return false; }
+
+bool has_avx512_vnni() { return false; }
 
 bool has_avx512_bf16() { return false; }
 

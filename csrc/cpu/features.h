@@ -5,6 +5,7 @@ namespace pk {
 
 bool has_avx2();        // AVX2 + FMA + F16C
 bool has_avx512();      // F + BW + DQ + VL, on top of has_avx2()
+bool has_avx512_vnni(); // VNNI, on top of has_avx512()
 bool has_avx512_bf16(); // BF16 + VBMI + VNNI, on top of has_avx512()
 bool has_amx();         // AMX tiles of bf16, granted to this process, on top of has_avx512_bf16()
 

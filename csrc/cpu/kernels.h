@@ -152,6 +152,31 @@ struct Quantize8 {
     int64_t first_bad; // out: first row with NaN or Inf, -1 if none
 };
 
+// out = x rounded row by row to 8 bits, times the weight, and columns of x with a magnitude of at
+// least `threshold` as they are; 0: none.
+constexpr int64_t kIntAlign = 64; // bytes to which rows of codes of x are filled up
+
+struct Int8Product {
+    const void* x; // [m, k]
+    int dtype;     // of x and out
+    int64_t m, k, n;
+    const int8_t* codes; // [n, k]
+    const float* scb;    // [n]
+    const void* bias;    // [n], or null
+    int bias_dtype;
+    float threshold;
+    void* out; // [m, n]
+    // scratch
+    int8_t* codes_of_x; // [m, k to whole kIntAlign]
+    float* row_absmax;  // [m]
+    int32_t* row_sum;   // [m]
+    uint8_t* outlier;   // [k]
+    int32_t* columns;   // [k]
+    float* outlier_x;   // [m * k], of which [m, outliers] is touched; null for threshold 0
+    int threads;
+    int64_t outliers; // out: how many columns
+};
+
 struct ApplyDropout {
     const void* x;
     int dtype;
@@ -363,6 +388,10 @@ struct Kernels {
     int (*dora_norm)(const DoraNorm&);
     int (*column_dots)(const ColumnDots&);
     int (*gated)(const Gated&);
+    int (*int8_product)(Int8Product&);
 };
+
+// For processors that have VNNI beside plain AVX-512: csrc/cpu/int8_vnni.cpp.
+int int8_product_vnni(Int8Product& p);
 
 } // namespace pk

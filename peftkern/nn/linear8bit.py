@@ -23,6 +23,9 @@ class Linear8bit(QuantizedLinear):
         bias: whether there is a bias.
         device: where the (zero) tensors are made; ``"meta"`` makes none.
         dtype: dtype that the weight stands for, and of the bias.
+        threshold: ``None`` (the exactly dequantized weight multiplies), or that of LLM.int8(); see
+            :func:`peftkern.functional.linear_8bit`. An adapter over the layer takes the exact
+            product.
 
     Attributes ``weight`` int8 [out, in] and ``SCB`` fp32 [out] keep the names and bytes of
     bitsandbytes; ``W = weight * SCB / 127``.
@@ -35,6 +38,7 @@ class Linear8bit(QuantizedLinear):
 
     _stored: ClassVar[tuple[str, ...]] = ("weight", "SCB")
     SCB: nn.Parameter
+    threshold: float | None = None
 
     def __init__(
         self,
@@ -43,8 +47,10 @@ class Linear8bit(QuantizedLinear):
         bias: bool = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        threshold: float | None = None,
     ) -> None:
         self._setup(in_features, out_features)
+        self.threshold = threshold
         self.quant_dtype = dtype if dtype is not None else torch.get_default_dtype()
         codes = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
         self._hold("weight", codes)
@@ -52,12 +58,15 @@ class Linear8bit(QuantizedLinear):
         self._hold("SCB", torch.zeros(out_features, device=device))
 
     @classmethod
-    def from_quantized(cls, q: QuantizedTensor, bias: Tensor | None = None) -> Linear8bit:
+    def from_quantized(
+        cls, q: QuantizedTensor, bias: Tensor | None = None, threshold: float | None = None
+    ) -> Linear8bit:
         """A layer over an existing INT8 tensor; nothing is copied.
 
         Args:
             q: INT8 tensor of shape (out, in).
             bias: [out] or None.
+            threshold: as for the class.
 
         Returns:
             The layer, sharing the memory of ``q``.
@@ -68,7 +77,7 @@ class Linear8bit(QuantizedLinear):
         if q.quant_type != "int8":
             raise ValueError(f"q: expected int8, got {q.quant_type}")
         out_features, in_features = q.shape
-        layer = cls(in_features, out_features, False, "meta", q.dtype)
+        layer = cls(in_features, out_features, False, "meta", q.dtype, threshold)
         layer.adopt(q)
         if bias is not None:
             as_parameter = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
@@ -76,12 +85,13 @@ class Linear8bit(QuantizedLinear):
         return layer
 
     @classmethod
-    def from_linear(cls, linear: nn.Module) -> Linear8bit:
+    def from_linear(cls, linear: nn.Module, threshold: float | None = None) -> Linear8bit:
         """Quantize a dense layer.
 
         Args:
             linear: ``nn.Linear`` (weight [out, in]) or transformers' ``Conv1D`` (weight [in, out],
                 quantized transposed).
+            threshold: as for the class.
 
         Returns:
             A new layer that shares the bias parameter of ``linear``.
@@ -93,23 +103,24 @@ class Linear8bit(QuantizedLinear):
         weight = dense_source(linear, "Linear8bit.from_linear")
         if weight.device.type == "meta":
             out_features, in_features = weight.shape
-            layer = cls(in_features, out_features, False, "meta", weight.dtype)
+            layer = cls(in_features, out_features, False, "meta", weight.dtype, threshold)
         else:
-            layer = cls.from_quantized(quantize_8bit(weight))
+            layer = cls.from_quantized(quantize_8bit(weight), threshold=threshold)
         adopt_bias(layer, linear)
         return layer
 
     @classmethod
-    def from_bnb(cls, layer: nn.Module) -> Linear8bit:
+    def from_bnb(cls, layer: nn.Module, threshold: float | None = None) -> Linear8bit:
         """Take over a ``bitsandbytes.nn.Linear8bitLt`` without copying or requantizing.
 
         Args:
             layer: the bitsandbytes layer, already quantized.
+            threshold: as for the class; the layer's own is ``layer.state.threshold``.
 
         Returns:
             A new layer over the same bytes.
         """
-        taken = cls.from_quantized(QuantizedTensor.from_bnb(layer))
+        taken = cls.from_quantized(QuantizedTensor.from_bnb(layer), threshold=threshold)
         adopt_bias(taken, layer)
         return taken
 
@@ -143,7 +154,8 @@ class Linear8bit(QuantizedLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``input @ W.T + bias`` in the dtype of the input; input [..., in] -> [..., out]."""
-        return functional.linear_8bit(input, self.taken_apart(), self.bias)
+        base = self.taken_apart()
+        return functional.linear_8bit(input, base, self.bias, threshold=self.threshold)
 
     def _meta(self) -> dict[str, Any]:
         return {"quant_type": "int8", "shape": [self.out_features, self.in_features]}
@@ -152,4 +164,5 @@ class Linear8bit(QuantizedLinear):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}"
+            + ("" if self.threshold is None else f", threshold={self.threshold:g}")
         )

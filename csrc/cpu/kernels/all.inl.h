@@ -5,6 +5,7 @@
 #include "../features.h"
 #include "../kernels.h"
 #include "../simd.h"
+#include "../simd_ints.h"
 #include "../threading.h"
 
 #include "runs.inl.h"
@@ -21,6 +22,7 @@
 #include "prefix.inl.h"
 #include "dora.inl.h"
 #include "gated.inl.h"
+#include "int8.inl.h"
 
 namespace pk {
 
@@ -44,6 +46,7 @@ const Kernels PK_KERNELS = {
     PK_ISA::dora_norm,
     PK_ISA::column_dots,
     PK_ISA::gated,
+    PK_ISA::int8_product,
 };
 
 } // namespace pk
