@@ -1,6 +1,7 @@
 // LLM.int8().
 
 #include "bind.h"
+#include "cpu/features.h"
 
 using namespace pk_bind;
 
@@ -64,4 +65,5 @@ int64_t int8_product(Address x, int dtype, int64_t m, int64_t k, int64_t n, Addr
 void pk_bind::bind_int8(py::module_& m) {
     m.def("int8_work", &int8_work);
     m.def("int8_product", &int8_product);
+    m.def("set_vnni", &pk::set_vnni);
 }

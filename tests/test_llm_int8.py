@@ -15,18 +15,22 @@ from peftkern import native
 from peftkern.ops.llm_int8 import reference
 
 F = pk.functional
-ISAS = ("scalar", "avx2", "avx512", "avx512-bf16", "avx512-amx")
+PLAIN = "avx512, no vnni"  # as on processors that have none
+ISAS = ("scalar", "avx2", PLAIN, "avx512", "avx512-bf16", "avx512-amx")
 needs_native = pytest.mark.skipif(not native.info()["available"], reason="no native module")
 
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     module = native.kernels()
-    if request.param not in module.isas():
-        pytest.skip(f"this CPU has no {request.param}")
+    name = request.param.partition(",")[0]
+    if name not in module.isas():
+        pytest.skip(f"this CPU has no {name}")
     before = module.isa()
-    module.set_isa(request.param)
+    module.set_isa(name)
+    module.set_vnni(request.param != PLAIN)
     yield request.param
+    module.set_vnni(True)
     module.set_isa(before)
 
 
@@ -203,6 +207,7 @@ def test_bitsandbytes(rows_: int) -> None:
         (-1.0, ValueError, "threshold: got -1.0"),
         (math.nan, ValueError, "threshold: got nan"),
         (math.inf, ValueError, "threshold: got inf"),
+        (1e-46, ValueError, "threshold: got 1e-46"),
         ("6", TypeError, "threshold: expected a number or None, got str"),
         (True, TypeError, "threshold: expected a number or None, got bool"),
     ],
@@ -210,6 +215,8 @@ def test_bitsandbytes(rows_: int) -> None:
 def test_wrong_thresholds(threshold: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         F.linear_8bit(rows(2, 16), quantized(4, 16), threshold=threshold)  # type: ignore[arg-type]
+    with pytest.raises(error, match=message):
+        pk.nn.Linear8bit(16, 4, threshold=threshold)  # type: ignore[arg-type]
 
 
 def test_too_many_features() -> None:

@@ -29,6 +29,12 @@ bool fast_pair_products() {
 
 void set_pair_products(bool fast) { pair_products.store(fast ? 1 : 0, std::memory_order_relaxed); }
 
+static std::atomic<bool> vnni{true};
+
+bool use_vnni() { return vnni.load(std::memory_order_relaxed) && has_avx512_vnni(); }
+
+void set_vnni(bool use) { vnni.store(use, std::memory_order_relaxed); }
+
 #if defined(__x86_64__)
 // __builtin_cpu_supports reads CPUID and XCR0: it is false where the OS does not save the
 // registers.

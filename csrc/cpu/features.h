@@ -15,4 +15,9 @@ bool has_amx();         // AMX tiles of bf16, granted to this process, on top of
 bool fast_pair_products();
 void set_pair_products(bool fast);
 
+// Whether the plain AVX-512 kernels hand INT8 products to VNNI, as they do where it is; results are
+// the same. set_vnni() is for tests.
+bool use_vnni();
+void set_vnni(bool use);
+
 } // namespace pk

@@ -2,7 +2,8 @@
 // of a row of x; x is in [-127, 127], codes are any int8.
 #pragma once
 
-namespace pk {
+namespace pk::PK_ISA {
+namespace {
 
 #if defined(__AVX512VNNI__) && defined(PK_SIMD_AVX512) && !defined(PK_SIMDE)
 
@@ -96,4 +97,5 @@ struct Ints {
 
 #endif
 
-} // namespace pk
+} // namespace
+} // namespace pk::PK_ISA

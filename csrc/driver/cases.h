@@ -40,6 +40,7 @@ Case draw_sparse(Dice& d);
 Case draw_prefix(Dice& d);
 Case draw_dora(Dice& d);
 Case draw_gated(Dice& d);
+Case draw_llm_int8(Dice& d);
 
 // What families share.
 pk::Dropout draw_mask(Dice& d, int64_t cols);

@@ -8,10 +8,10 @@ Case draw(uint64_t seed) {
     static Case (*const families[])(Dice&) = {
         draw_linear,  draw_linear,    draw_low_rank,  draw_low_rank,   draw_codes,      draw_int8,
         draw_dropout, draw_optimizer, draw_optimizer, draw_bottleneck, draw_bottleneck, draw_sparse,
-        draw_prefix,  draw_prefix,    draw_dora,      draw_gated};
+        draw_prefix,  draw_prefix,    draw_dora,      draw_gated,      draw_llm_int8};
     Dice d(seed);
     d.next();
-    return families[seed % 16](d);
+    return families[seed % 17](d);
 }
 
 Case draw_dropout(Dice& d) {
@@ -352,6 +352,44 @@ Case draw_gated(Dice& d) {
                         out[0].memory->p(), out[1].memory->p(), out[2].memory->p(), threads});
     };
     return {"gated of " + std::to_string(numel), false, run};
+}
+
+Case draw_llm_int8(Dice& d) {
+    int dtype = (int)d.below(3);
+    int64_t m = d.size(140), k = d.size(d.coin() ? 300 : 4300), n = d.size(150);
+    float threshold = d.coin() ? 0.0f : 0.99f; // about one value in a hundred
+    Memory x = values(d, m * k, dtype), codes = random_bytes(d, n * k);
+    Memory scb = values(d, n, pk::kF32), bias = values(d, n, dtype);
+    bool biased = d.coin();
+    auto run = [=](const pk::Kernels& kernels, int threads, Results& out) {
+        out = {{bytes(m * n * pk::dtype_size(dtype)), dtype}};
+        int64_t depth = (k + pk::kIntAlign - 1) / pk::kIntAlign * pk::kIntAlign;
+        Memory rounded = bytes(m * depth), absmax = bytes(4 * m), sums = bytes(4 * m);
+        Memory outlier = bytes(k), columns = bytes(4 * k), kept = bytes(4 * m * k);
+        pk::Int8Product p = {};
+        p.x = x->p();
+        p.dtype = dtype;
+        p.m = m;
+        p.k = k;
+        p.n = n;
+        p.codes = codes->as<int8_t>();
+        p.scb = scb->as<float>();
+        p.bias = biased ? bias->p() : nullptr;
+        p.bias_dtype = dtype;
+        p.threshold = threshold;
+        p.out = out[0].memory->p();
+        p.codes_of_x = rounded->as<int8_t>();
+        p.row_absmax = absmax->as<float>();
+        p.row_sum = sums->as<int32_t>();
+        p.outlier = outlier->as<uint8_t>();
+        p.columns = columns->as<int32_t>();
+        p.outlier_x = kept->as<float>();
+        p.threads = threads;
+        return kernels.int8_product(p);
+    };
+    return {"llm_int8 m=" + std::to_string(m) + " n=" + std::to_string(n) +
+                " k=" + std::to_string(k),
+            false, run};
 }
 
 } // namespace driver

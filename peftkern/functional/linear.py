@@ -15,6 +15,7 @@ from peftkern.functional.arguments import (
 from peftkern.ops.linear4.autograd import Linear4bit
 from peftkern.ops.linear8.autograd import Linear8bit
 from peftkern.ops.llm_int8.autograd import LLMInt8
+from peftkern.ops.llm_int8.contract import usable_threshold
 from peftkern.ops.rows import as_rows, like_rows_of
 from peftkern.quant import QuantizedTensor
 
@@ -67,9 +68,10 @@ def linear_8bit(
             (Dettmers 2022, arXiv 2208.07339) with bitsandbytes' numbers: each row of x is rounded
             to 8 bits against the largest value in it, integers are multiplied exactly, and columns
             of x that hold a magnitude of at least the threshold (6.0 is usual; 0: none) are
-            multiplied as they are. Faster where integers are, and rougher: rounding a row loses
-            about half a percent of its norm. Which columns are apart depends on all rows of the
-            call. The gradient of x is that of the exact product.
+            multiplied as they are. Faster where integers are, and rougher: the result of normal
+            values is off by 0.7 to 0.95 % of its norm (128 to 11008 input features). Which columns
+            are apart depends on all rows of the call. The gradient of x is that of the exact
+            product.
 
     Returns:
         [..., out] of x's dtype (under autocast: of the autocast dtype). With a threshold, rows that
@@ -100,10 +102,21 @@ def linear_8bit(
     return like_rows_of(x, y)
 
 
-def _llm_int8(x: Tensor, base: FrozenBase, bias: Tensor | None, threshold: float) -> Tensor:
+def checked_threshold(threshold: float) -> float:
+    """The threshold of LLM.int8() as a float.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is negative or fp32 does not hold it.
+    """
     if isinstance(threshold, bool) or not isinstance(threshold, int | float):
         raise TypeError(f"threshold: expected a number or None, got {type(threshold).__name__}")
-    args = (base.weight, base.absmax, bias, float(threshold))
+    usable_threshold(float(threshold))
+    return float(threshold)
+
+
+def _llm_int8(x: Tensor, base: FrozenBase, bias: Tensor | None, threshold: float) -> Tensor:
+    args = (base.weight, base.absmax, bias, checked_threshold(threshold))
     if needs_grad(x, bias):
         y: Tensor = LLMInt8.apply(x, *args)
         return y

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peftkern import functional
 from peftkern.functional.arguments import FrozenBase
+from peftkern.functional.linear import checked_threshold
 from peftkern.nn.quantized import QuantizedLinear, adopt_bias, dense_source
 from peftkern.quant import QuantizedTensor, quantize_8bit
 
@@ -50,7 +51,7 @@ class Linear8bit(QuantizedLinear):
         threshold: float | None = None,
     ) -> None:
         self._setup(in_features, out_features)
-        self.threshold = threshold
+        self.threshold = None if threshold is None else checked_threshold(threshold)
         self.quant_dtype = dtype if dtype is not None else torch.get_default_dtype()
         codes = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
         self._hold("weight", codes)

@@ -214,7 +214,7 @@ void finish_ints(const Int8Product& p, int64_t i0, int64_t m, int64_t j0, int64_
         const int32_t* sums = s.sums + i * kIntRows;
         for (int64_t j = 0; j < n; ++j) {
             float step = p.scb[j0 + j] * kInt8Step;
-            s.line[j] = (float)(int32_t)((uint32_t)sums[j] - offset) * scale * step;
+            s.line[j] = (float)(int32_t)((uint32_t)sums[j] - offset) * step * scale;
         }
         if (p.outliers > 0)
             for (int64_t j = 0; j < n; ++j)
@@ -280,7 +280,7 @@ int int8_product_here(Int8Product& p) {
 #if defined(PK_SIMD_AVX512) && !defined(__AVX512VNNI__) && !defined(PK_SIMDE)
 // Processors with AVX-512 and VNNI but without BF16 are many: this one kernel asks for VNNI.
 int int8_product(Int8Product& p) {
-    return has_avx512_vnni() ? int8_product_vnni(p) : int8_product_here(p);
+    return use_vnni() ? int8_product_vnni(p) : int8_product_here(p);
 }
 #else
 int int8_product(Int8Product& p) { return int8_product_here(p); }

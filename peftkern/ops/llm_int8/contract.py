@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -15,6 +14,7 @@ from peftkern.registry import OpSpec, Sample, define_op
 
 # Above this an exact sum of products of 8-bit codes may leave 32 bits.
 MOST_FEATURES = 131072
+_LEAST, _MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 # (M, N, K, bias, threshold, columns with large values)
 _CASES = (
     (1, 64, 128, False, 0.0, 0),
@@ -33,6 +33,15 @@ _CASES = (
 )
 
 
+def usable_threshold(threshold: float) -> None:
+    """Raise ``ValueError`` unless fp32 holds it and it is not negative."""
+    if threshold == 0.0 or _LEAST <= threshold <= _MOST:
+        return
+    raise ValueError(
+        f"threshold: got {threshold}, expected 0 or a number between {_LEAST:.3g} and {_MOST:.3g}"
+    )
+
+
 def _check(x: Tensor, codes: Tensor, scb: Tensor, bias: Tensor | None, threshold: float) -> None:
     checks.float_matrix("x", x)
     checks.statistics_8bit(codes, scb)
@@ -45,8 +54,7 @@ def _check(x: Tensor, codes: Tensor, scb: Tensor, bias: Tensor | None, threshold
             f"codes: got {codes.shape[1]} input features, expected at most {MOST_FEATURES}, so "
             "that sums fit 32 bits; use linear_8bit without a threshold"
         )
-    if not (threshold >= 0.0 and math.isfinite(threshold)):
-        raise ValueError(f"threshold: got {threshold}, expected a finite number of at least 0")
+    usable_threshold(threshold)
     checks.same_device("x", x, codes=codes)
     checks.bias_like(x, bias, codes.shape[0])
 

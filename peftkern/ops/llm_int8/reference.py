@@ -48,7 +48,7 @@ def llm_int8(
     rounded, absmax, columns = round_rows(x, threshold)
     sums = rounded.double() @ codes.double().T  # exact: below 2^53
     step = INT8_STEP if wide == torch.float32 else 1.0 / 127.0
-    y = sums.to(wide) * (absmax.to(wide) * step)[:, None] * (scb.to(wide) * step)
+    y = sums.to(wide) * (scb.to(wide) * step) * (absmax.to(wide) * step)[:, None]
     weight = codes[:, columns].to(wide) * (scb.to(wide) * step)[:, None]
     y = y + x[:, columns].to(wide) @ weight.T
     y = y if bias is None else y + bias.to(wide)
