@@ -9,6 +9,7 @@ its ops with :func:`define_op` (in ``contract.py``) and its implementations with
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -19,6 +20,11 @@ import torch
 from peftkern import env
 
 _LIBRARY = torch.library.Library("peftkern", "DEF")
+# When the interpreter ends torch takes a library's ops out of the dispatcher, and daemon threads
+# that are in one of them at that moment end the process with a segmentation fault.
+for _finalizer in list(getattr(weakref.finalize, "_registry", ())):
+    if (_peeked := _finalizer.peek()) is not None and _peeked[0] is _LIBRARY:
+        _finalizer.atexit = False
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
