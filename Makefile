@@ -24,7 +24,7 @@ PYTEST := OMP_NUM_THREADS=$(THREADS) $(PY) -m pytest
 BENCH := $(PY) -m pytest bench --benchmark-only
 
 .PHONY: help venv build demo test test-fast lint format bench bench-quick report docs aot-report clean
-.PHONY: gpu gpu-test gpu-bench fuzz crash sanitize
+.PHONY: gpu gpu-test gpu-bench fuzz crash sanitize mutants coverage
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -76,6 +76,11 @@ $(STAMP)-bench: $(STAMP)-native
 	@$(PIP) -q "peftkern[bench]"
 	@touch $@
 
+$(STAMP)-coverage: $(STAMP)-test
+	@echo "== installing the coverage tools"
+	@$(PIP) -q "peftkern[coverage]"
+	@touch $@
+
 $(STAMP)-docs: $(STAMP)-native
 	@echo "== installing what the documentation needs"
 	@$(PIP) -q "peftkern[docs]"
@@ -118,15 +123,22 @@ report: $(STAMP)-bench ## one page of every results file, and the README's pictu
 	  --readme README.md $(ARGS)
 
 FUZZ_MINUTES ?= 3
-fuzz: $(STAMP)-test ## random operations and broken files (FUZZ_MINUTES=3)
+fuzz: $(STAMP)-test ## random operations, broken files, many threads (FUZZ_MINUTES=3)
 	$(PY) -m bench.fuzz --minutes $(FUZZ_MINUTES) $(ARGS)
 	$(PY) -m bench.fuzz_files --minutes $(FUZZ_MINUTES)
+	$(PY) -m bench.stress --minutes $(FUZZ_MINUTES)
 
-crash: $(STAMP)-test ## kill paged training steps at random points
+crash: $(STAMP)-test ## kill paged training and saves of adapters at random points
 	$(PY) -m bench.crash $(ARGS)
 
 sanitize: $(STAMP)-test ## native code under sanitizers and valgrind (ARGS="driver threads ...")
 	$(PY) -m bench.sanitize $(ARGS)
+
+mutants: $(STAMP)-test ## is every small mistake in the code noticed by a unit test? (half an hour)
+	$(PY) -m bench.mutants --jobs $(JOBS) $(ARGS)
+
+coverage: $(STAMP)-coverage ## lines of C++ and Python that no test reaches
+	$(PY) -m bench.cover $(ARGS)
 
 docs: $(STAMP)-docs ## the documentation as a site, build/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(ARGS)

@@ -1,11 +1,12 @@
-"""Kill paged training at random moments and check what a restart finds.
+"""Kill paged training, and saves of adapters, at random moments; check what a restart finds.
 
 ``python -m bench.crash`` runs two kinds of kills. Most are simulated in this process by a disk
 that dies at a random write, sync or resize: the write is cut at a random byte, and whatever was
 not synced is kept, lost or cut, each at random, as after a power failure. The others end a real
 child process with SIGKILL. After each, the state is reopened; it must be bit for bit that of the
 last finished commit or of the one in progress, and going on from it must end where the
-uninterrupted run ended.
+uninterrupted run ended. Adapters that are saved over others die at every call of the system, and
+by SIGKILL (``crash_files.py``): what is there is the old one or the new one.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from bench import crash_files
 from peftkern.optim import AdamW, AdamW8bit, PagedAdamW, PagedAdamW8bit, PagingError
 from peftkern.optim.files import Disk
 
@@ -268,15 +270,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.crash", description=__doc__)
     parser.add_argument("--simulated", type=int, default=400, help="kills by a dying disk")
     parser.add_argument("--processes", type=int, default=12, help="child processes killed")
+    parser.add_argument("--adapters", type=int, default=100, help="saves of adapters killed")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
     start = time.perf_counter()
     wrong = run(options.simulated, options.processes, options.seed)
+    calls = 0
+    for kind in ("lora", "bottleneck"):
+        adapters = crash_files.Adapters(kind)
+        for full in (False, True):
+            count, problems = crash_files.simulated(adapters, full)
+            calls, wrong = calls + count, wrong + problems
+        wrong += crash_files.killed(adapters, options.adapters, options.seed)
     for line in wrong:
         print(line)
     print(
-        f"{options.simulated} simulated kills and {options.processes} killed processes: "
+        f"paging: {options.simulated} simulated kills and {options.processes} killed processes; "
+        f"adapters: {calls} deaths and full disks, {2 * options.adapters} killed processes: "
         f"{len(wrong)} inconsistent states ({time.perf_counter() - start:.0f} s)"
     )
     return 1 if wrong else 0

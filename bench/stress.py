@@ -7,7 +7,9 @@ the same bits. ``make fuzz`` runs it for a minute, the tests for seconds.
 
 from __future__ import annotations
 
+import argparse
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -110,3 +112,20 @@ def run(seconds: float, threads: int = 16, seed: int = 0) -> tuple[int, list[str
         if thread.is_alive():
             wrong.append("a thread hangs")
     return sum(counts), wrong
+
+
+def main() -> int:
+    """Exit status 1 if anything was found."""
+    parser = argparse.ArgumentParser(prog="python -m bench.stress", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=1.0)
+    parser.add_argument("--threads", type=int, default=16)
+    options = parser.parse_args()
+    count, wrong = run(60 * options.minutes, options.threads)
+    for line in wrong:
+        print("FINDING", line)
+    print(f"{count} operations by {options.threads} threads, {len(wrong)} findings")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -81,6 +81,17 @@ def test_gradients_of_prefix_attention(
         assert_error_rule(g, t, e, 1.5 if name == "out" else 2.0, name)
 
 
+def test_gradients_that_arrive_with_gaps() -> None:
+    """Every second column of a wider tensor, a transpose, one number for all (sum() sends that)."""
+    q, k, v = (_heads(2, 4, 9, 16, torch.float32) for _ in range(3))
+    inputs = [q, k, v, torch.randn(4, 3, 16), torch.randn(4, 3, 16)]
+    every_second, transposed = torch.randn(2, 4, 9, 32)[..., ::2], torch.randn(2, 4, 16, 9).mT
+    for dy in (every_second, transposed, torch.tensor(0.5).expand(2, 4, 9, 16)):
+        want = gradients(F.prefix_attention, inputs, dy.contiguous())
+        for got, expected in zip(gradients(F.prefix_attention, inputs, dy), want, strict=True):
+            assert torch.equal(got, expected)
+
+
 def test_gradcheck_in_double_of_prefix_attention() -> None:
     shapes = ((1, 4, 3, 3), (1, 2, 4, 3), (1, 2, 4, 3), (2, 2, 3), (2, 2, 3))
     inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]

@@ -80,14 +80,41 @@ pk::Weight draw_weight(Dice& d, int64_t rows, int64_t cols, int dtype, std::vect
     return w;
 }
 
-// y = scale x W^T + bias in either direction, with renamed rows at times.
+// A dimension of a weight: any, or whole vectors, for which kernels have ways of their own.
+int64_t draw_side(Dice& d, int64_t most) { return d.coin() ? d.size(most) : 64 * (1 + d.below(5)); }
+
+// Values that are added to some entries of a weight.
+void draw_entries(Dice& d, pk::Weight& w, std::vector<Memory>& keep) {
+    std::vector<int64_t> at, start;
+    for (int64_t r = 0; r < w.rows; ++r) {
+        start.push_back((int64_t)at.size());
+        for (int64_t c = d.below(5); c < w.cols; c += 1 + d.below(40))
+            at.push_back(r * w.cols + c);
+    }
+    start.push_back((int64_t)at.size());
+    if (at.empty())
+        return;
+    for (const std::vector<int64_t>* list : {&at, &start}) {
+        keep.push_back(bytes((int64_t)list->size() * 8));
+        memcpy(keep.back()->p(), list->data(), keep.back()->bytes());
+    }
+    w.entries.start = keep.back()->as<int64_t>();
+    w.entries.index = keep[keep.size() - 2]->as<int64_t>();
+    keep.push_back(values(d, (int64_t)at.size(), pk::kF32));
+    w.entries.value = keep.back()->p();
+}
+
+// y = scale x W^T + bias in either direction, with renamed rows and added entries at times.
 Case draw_linear(Dice& d) {
     int dtype = (int)d.below(3);
     bool transpose = d.coin(), renamed = d.below(4) == 0, biased = d.coin(), scaled = d.coin();
-    int64_t m = d.size(80), rows = d.size(300), cols = d.size(400);
+    int64_t m = d.below(3) == 0 ? 1 + d.below(8) : d.size(80);
+    int64_t rows = draw_side(d, 300), cols = draw_side(d, 400);
     int64_t depth = transpose ? rows : cols, n = transpose ? cols : rows;
     std::vector<Memory> keep;
     pk::Weight w = draw_weight(d, rows, cols, dtype, keep);
+    if (d.below(4) == 0)
+        draw_entries(d, w, keep);
     Memory x = values(d, m * depth, dtype), bias = values(d, n, dtype);
     Memory scale = values(d, n, pk::kF32), order = bytes(m * 8);
     for (int64_t i = 0; i < m; ++i)
@@ -121,7 +148,7 @@ Case draw_linear(Dice& d) {
 // The four products of LoRA: x A^T, x W^T + s B^T, ds^T dropout(x) and dy^T s.
 Case draw_low_rank(Dice& d) {
     int dtype = (int)d.below(3);
-    int64_t m = d.size(80), n = d.size(200), k = d.size(300), r = d.size(40);
+    int64_t m = d.size(80), n = draw_side(d, 200), k = draw_side(d, 300), r = d.size(40);
     std::vector<Memory> keep;
     pk::Weight w = draw_weight(d, n, k, dtype, keep);
     Memory x = values(d, m * k, dtype), dy = values(d, m * n, dtype);
