@@ -47,8 +47,8 @@ class Size:
     evaluations: int
 
 
-FULL = Size(train=1200, held_out=2000, epochs=1, batch_size=16, evaluations=3)
-QUICK = Size(train=480, held_out=240, epochs=1, batch_size=8, evaluations=1)
+FULL = Size(train=1200, held_out=1400, epochs=1, batch_size=16, evaluations=3)
+QUICK = Size(train=320, held_out=240, epochs=1, batch_size=8, evaluations=1)
 
 
 def demo(

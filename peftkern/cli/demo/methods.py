@@ -35,6 +35,7 @@ class Method:
         part: what `peftkern.patch` is given, where that must be a transformers model; the head then
             trains and is saved beside it. Empty: the whole classifier.
         small: why it may stay near the linear probe in so short a run; empty: it must beat it.
+        b_ratio: how many times as fast the B matrices of LoRA learn (LoRA+).
     """
 
     key: str
@@ -47,6 +48,7 @@ class Method:
     small: str = ""
     format: str = "peft"
     part: str = ""
+    b_ratio: float = 1.0
 
 
 def _lora(**options: Any) -> Callable[[nn.Module, Tokenized], Any]:
@@ -145,6 +147,43 @@ METHODS: dict[str, Method] = {
             config=_lora(use_dora=True),
         ),
         Method(
+            key="rslora",
+            title="rsLoRA",
+            summary="as LoRA, scaled by the root of the rank",
+            lr=5e-4,
+            config=_lora(use_rslora=True),
+        ),
+        Method(
+            key="lora-plus",
+            title="LoRA+",
+            summary="as LoRA, the B matrices with 8 times the learning rate of the A matrices",
+            lr=3e-4,
+            config=_lora(),
+            b_ratio=8.0,
+        ),
+        Method(
+            key="pissa",
+            title="PiSSA",
+            summary="as LoRA, started from the largest singular values of each weight",
+            lr=5e-4,
+            config=_lora(init_lora_weights="pissa"),
+        ),
+        Method(
+            key="olora",
+            title="OLoRA",
+            summary="as LoRA, started from an orthonormal basis of each weight",
+            lr=3e-4,
+            config=_lora(init_lora_weights="olora"),
+        ),
+        Method(
+            key="loftq",
+            title="LoftQ",
+            summary="as QLoRA NF4, started from what rounding to 4 bits lost",
+            lr=1e-3,
+            config=_lora(init_lora_weights="loftq", quantize="nf4"),
+            load={"quantize": "nf4"},
+        ),
+        Method(
             key="houlsby",
             title="Adapters, Houlsby",
             summary="bottlenecks of a sixteenth of the width after attention and feed-forward",
@@ -159,6 +198,22 @@ METHODS: dict[str, Method] = {
             lr=2e-3,
             config=_bottleneck("pfeiffer", quantize="nf4"),
             load={"quantize": "nf4"},
+            format="adapterhub",
+        ),
+        Method(
+            key="parallel",
+            title="Adapters, parallel",
+            summary="bottlenecks of a sixteenth of the width beside the feed-forward",
+            lr=1e-3,
+            config=_bottleneck("parallel", reduction_factor=16),
+            format="adapterhub",
+        ),
+        Method(
+            key="adapter-plus",
+            title="AdapterPlus",
+            summary="bottlenecks of 4 after the feed-forward, a learned scale for each channel",
+            lr=5e-3,
+            config=_bottleneck("adapter_plus"),
             format="adapterhub",
         ),
         Method(
@@ -197,7 +252,7 @@ METHODS: dict[str, Method] = {
     )
 }
 DEFAULT_METHODS = tuple(METHODS)
-LOW_DATA_METHODS = ("full", "lora")
+LOW_DATA_METHODS = ("full", "lora", "qlora-nf4", "houlsby")
 
 
 def parse_methods(text: str) -> list[Method]:

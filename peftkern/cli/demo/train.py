@@ -317,15 +317,21 @@ def _fit(
 
 
 def _optimizer(method: Method, model: nn.Module) -> torch.optim.AdamW:
-    head: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (head if HEAD in name.split(".") else rest).append(parameter)
-    groups = [
-        {"params": rest, "lr": method.lr, "weight_decay": method.weight_decay},
-        {"params": head, "lr": max(method.lr, HEAD_LR), "weight_decay": method.weight_decay},
-    ]
+    import peftkern as pk
+
+    head = [p for name, p in model.named_parameters() if HEAD in name.split(".")]
+    every = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": every, "lr": method.lr}]
+    if method.b_ratio != 1.0:
+        groups = pk.optim.lora_plus_groups(model, method.lr, method.b_ratio)
+    taken = {id(p) for p in head}
+    for group in groups:
+        group["params"] = [p for p in group["params"] if id(p) not in taken]
+        group["weight_decay"] = method.weight_decay
+    trained = [p for p in head if p.requires_grad]
+    groups.append(
+        {"params": trained, "lr": max(method.lr, HEAD_LR), "weight_decay": method.weight_decay}
+    )
     return torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
 
 
