@@ -209,6 +209,23 @@ def test_methods_are_parsed_by_name() -> None:
         parse_methods(" , ")
 
 
+PAGING = {
+    "total_bytes": 48_000_000,
+    "ram_budget": 8 << 20,
+    "history": [
+        {
+            "step": step,
+            "step_seconds": 0.02,
+            "stall_seconds": 0.004,
+            "resident_bytes": 7_000_000,
+            "bytes_read": 40_000_000,
+            "bytes_written": 40_000_000,
+        }
+        for step in range(1, 9)
+    ],
+}
+
+
 def fake_results() -> dict[str, Any]:
     methods: list[dict[str, Any]] = []
     for index, method in enumerate(METHODS.values()):
@@ -239,6 +256,7 @@ def fake_results() -> dict[str, Any]:
                     "over_loaded": 400_000_000,
                     "peak_is_of_training": True,
                 },
+                "paging": None if method.ram_budget is None else PAGING,
                 "patch_report": "" if method.config is None else "module <b> now",
             }
         )
@@ -365,7 +383,8 @@ def test_report_renders_and_loads_nothing() -> None:
     assert not re.search(r"https?:|//[a-z]|src=|href=|@import|url\(", page)
     assert "<script>" not in page
     assert "module &lt;b&gt; now" in page
-    assert page.count("<svg") == 8
+    assert page.count("<svg") == 9
+    assert "of optimizer state, of which at most" in page
     assert "NaN" not in page.replace("NaNs", "")
     assert "nan" not in re.findall(r'[xyd]\d?="[^"]*"', page)
     for row in summary_rows(results):
@@ -395,6 +414,22 @@ def test_plots_take_single_and_extreme_values() -> None:
     assert "<svg" in curves([Line("a", (1.0,), (0.0,), 0)], "x", "y")
     assert "<svg" in bars([Bar("a", (0.0,), "0", 0)])
     assert smooth([1.0, 3.0, 5.0], 2) == (1.0, 2.0, 4.0)
+
+
+def test_the_names_of_rules_stand_in_the_legend() -> None:
+    picture = scatter_log_x([Point("a", 1.0, 0.6, 0.02, 0)], [("probe", 0.6)], "x", "y")
+    drawing, legend = picture.split("</svg>")
+    assert 'class="rule"' in drawing
+    assert "probe" not in drawing
+    assert "probe 60.0 %" in legend
+
+
+def test_more_methods_than_colours_stay_apart() -> None:
+    page = html_page(fake_results())
+    marks = re.findall(r'<span class="key (s\d+)"><i></i>([^<]+)', page)
+    named = {name: mark for mark, name in marks}
+    assert len(set(named.values())) == len(named) > len(METHODS)
+    assert all(f".{mark}{{--c:" in page for mark in named.values())
 
 
 # the command

@@ -61,23 +61,24 @@ def scatter_log_x(
     parts = [plot.y_axis(ticks, y_title, lambda v: f"{100 * v:.0f} %")]
     decades = [float(d) for d in range(low, high + 1)]
     parts.append(plot.x_axis(decades, x_title, lambda d: f"{10**d:g} %"))
-    for name, y in rules:
+    places = _spread([plot.x(math.log10(p.x)) for p in points])
+    for _, y in rules:
         at = plot.y(y)
         parts.append(
             f'<line class="rule" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
-            f'<text x="{(_LEFT + WIDTH) / 2:.0f}" y="{at - 5:.1f}" text-anchor="middle">'
-            f"{escape(name)} {100 * y:.1f} %</text>"
         )
-    for point, x in zip(points, _spread([plot.x(math.log10(p.x)) for p in points]), strict=True):
+    for point, x in zip(points, places, strict=True):
         top, bottom = plot.y(point.y + point.error), plot.y(point.y - point.error)
         parts.append(
             f'<g class="s{point.colour}"><title>{escape(point.name)}: {100 * point.y:.1f} % '
             f"± {100 * point.error:.1f}</title>"
-            f'<path class="stroke" d="M{x:.1f} {top:.1f}V{bottom:.1f}M{x - 5:.1f} {top:.1f}h10'
-            f'M{x - 5:.1f} {bottom:.1f}h10"/>'
-            f'<circle class="fill" cx="{x:.1f}" cy="{plot.y(point.y):.1f}" r="5.5"/></g>'
+            f'<path class="stroke" d="M{x:.1f} {top:.1f}V{bottom:.1f}M{x - 4:.1f} {top:.1f}h8'
+            f'M{x - 4:.1f} {bottom:.1f}h8"/>'
+            f'<circle class="fill" cx="{x:.1f}" cy="{plot.y(point.y):.1f}" r="4.5"/></g>'
         )
-    return _figure(height, "".join(parts), [(p.name, p.colour) for p in points])
+    # Their names stand in the legend: beside the lines they would hide points.
+    named = [f"{name} {100 * y:.1f} %" for name, y in rules]
+    return _figure(height, "".join(parts), [(p.name, p.colour) for p in points], named)
 
 
 def bars(rows: Sequence[Bar], part_names: Sequence[str] = ()) -> str:
@@ -209,10 +210,13 @@ class _Frame:
         return "".join(parts)
 
 
-def _figure(height: int, body: str, legend: Sequence[tuple[str, int]]) -> str:
+def _figure(
+    height: int, body: str, legend: Sequence[tuple[str, int]], rules: Sequence[str] = ()
+) -> str:
     keys = "".join(
         f'<span class="key s{colour}"><i></i>{escape(name)}</span>' for name, colour in legend
     )
+    keys += "".join(f'<span class="key dash"><i></i>{escape(name)}</span>' for name in rules)
     keys = f'<div class="legend">{keys}</div>' if keys else ""
     return f'<svg viewBox="0 0 {WIDTH} {height}" role="img">{body}</svg>{keys}'
 
@@ -227,7 +231,7 @@ def _ticks(low: float, high: float, about: int) -> list[float]:
     return [round(index * step, 10) for index in range(first, max(last, first + 1) + 1)]
 
 
-def _spread(places: Sequence[float], apart: float = 15.0) -> list[float]:
+def _spread(places: Sequence[float], apart: float = 10.0) -> list[float]:
     """Move points that share a place a little aside, around their common middle."""
     made = list(places)
     order = sorted(range(len(places)), key=lambda index: places[index])

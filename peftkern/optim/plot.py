@@ -9,7 +9,7 @@ from typing import Any
 _WIDTH, _PANEL, _GAP = 640, 120, 46
 _LEFT, _RIGHT, _TOP = 70, 14, 26
 _STYLE = (
-    "<style>.pk-page text{font:11px system-ui,sans-serif;fill:currentColor}"
+    "<style>.pk-page text{font:14px system-ui,sans-serif;fill:currentColor}"
     ".pk-page .axis{stroke:currentColor;stroke-opacity:.35;fill:none}"
     ".pk-page .a{stroke:#0b6fb8;fill:none;stroke-width:1.5}"
     ".pk-page .b{stroke:#c4530c;fill:none;stroke-width:1.5}"

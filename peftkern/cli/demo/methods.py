@@ -32,6 +32,8 @@ class Method:
         weight_decay: of its parameters.
         load: options of `peftkern.load_adapter` that the adapter's files do not hold.
         format: of `peftkern.save_adapter`.
+        ram_budget: bytes of optimizer state that stay in memory, the rest of it on disk
+            (`PagedAdamW8bit`); None: torch's AdamW.
         part: what `peftkern.patch` is given, where that must be a transformers model; the head then
             trains and is saved beside it. Empty: the whole classifier.
         small: why it may stay near the linear probe in so short a run; empty: it must beat it.
@@ -48,6 +50,7 @@ class Method:
     small: str = ""
     format: str = "peft"
     part: str = ""
+    ram_budget: int | None = None
     b_ratio: float = 1.0
 
 
@@ -248,6 +251,15 @@ METHODS: dict[str, Method] = {
             config=_prompt,
             part="encoder",
             small="it trains too few numbers for one short epoch",
+        ),
+        Method(
+            key="full-paged",
+            title="Full, paged AdamW",
+            summary="every weight is trained, 8-bit optimizer state, all but 8 MiB of it on disk",
+            lr=1e-4,
+            config=None,
+            weight_decay=0.01,
+            ram_budget=8 << 20,
         ),
     )
 }

@@ -104,7 +104,7 @@ def html_page(results: dict[str, Any]) -> str:
         results: the content of results.json; at least one method must be done.
     """
     done = [row for row in results["methods"] if row["status"] == "done"]
-    colours = {row["method"]: index % _COLOURS for index, row in enumerate(results["methods"])}
+    colours = {row["method"]: _colour(index) for index, row in enumerate(results["methods"])}
     sections = [
         _header(results),
         _table(results),
@@ -116,9 +116,15 @@ def html_page(results: dict[str, Any]) -> str:
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>peftkern demo</title><style>{_STYLE}</style></head>"
+        f"<title>peftkern demo</title><style>{_STYLE}{_RINGS}</style></head>"
         f"<body><main>{''.join(sections)}</main></body></html>\n"
     )
+
+
+def _colour(index: int) -> int:
+    """Class of a method's marks: each colour once filled, then once more as a ring or dashes."""
+    index %= 2 * _COLOURS
+    return index if index < _COLOURS else index + 1  # the one between is grey
 
 
 def _header(results: dict[str, Any]) -> str:
@@ -207,6 +213,7 @@ def _charts(results: dict[str, Any], done: list[dict[str, Any]], colours: dict[s
         made.append(_chart(title, bars(rows), note))
     if results["baselines"].get("base_task"):
         made.append(_forgetting(results, done, colours))
+    made += [_paging(row) for row in done if row.get("paging")]
     if results["low_data"]:
         made.append(_low_data(results, done, colours))
     return "".join(made)
@@ -226,6 +233,19 @@ def _forgetting(
         "all the others. Order kept: rank correlation of all similarities with those before."
     )
     return _chart("Forgetting", bars(rows), note)
+
+
+def _paging(row: dict[str, Any]) -> str:
+    from peftkern.optim import paging_svg
+
+    report = row["paging"]
+    # Inside HTML the namespace goes without saying, and the page names no address.
+    picture = paging_svg(report).replace(' xmlns="http://www.w3.org/2000/svg"', "")
+    note = (
+        f"{row['title']}: {human_bytes(report['total_bytes'])} of optimizer state, of which at "
+        f"most {human_bytes(report['ram_budget'])} stay in memory."
+    )
+    return _chart("Optimizer state paged to disk", picture, note)
 
 
 def _low_data(results: dict[str, Any], done: list[dict[str, Any]], colours: dict[str, int]) -> str:
@@ -384,6 +404,8 @@ svg text{fill:var(--dim)}svg .name{fill:var(--ink)}
 .legend{display:flex;flex-wrap:wrap;gap:4px 16px;font-size:.86rem;margin-top:6px}
 .key i{display:inline-block;width:11px;height:11px;border-radius:50%;background:var(--c);
 margin-right:6px}
+.dash i{width:18px;height:0;border-radius:0;border-top:2px dashed var(--dim);
+vertical-align:middle}
 .caption{color:var(--dim);font-size:.86rem;margin:6px 0 0}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:6px 18px;margin:0;font-size:.92rem}
 dt{color:var(--dim)}dd{margin:0;overflow-wrap:anywhere}
@@ -398,3 +420,11 @@ td.empty{display:none}td:first-child{font-size:1rem}td:first-child::before{conte
 dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:8px}
 }
 """
+# Colours that come a second time: open dots and dashed curves.
+_RINGS = "".join(
+    f".s{_GREY + 1 + i}{{--c:var(--c{i})}}"
+    f".s{_GREY + 1 + i} path.stroke{{stroke-dasharray:5 3}}"
+    f".s{_GREY + 1 + i} circle.fill{{fill:var(--card);stroke:var(--c);stroke-width:2.5}}"
+    f".s{_GREY + 1 + i}.key i{{background:none;border:2.5px solid var(--c)}}"
+    for i in range(_COLOURS)
+)

@@ -34,6 +34,7 @@ from peftkern.cli.demo.model import (
     quiet_offline,
     save_head,
 )
+from peftkern.optim import PagedAdamW8bit
 
 PROBE = "probe"
 PEEK = 200
@@ -153,7 +154,9 @@ def _train(spec: Spec, emit: Emit) -> dict[str, Any]:
     resettable = memory.reset_peak()
     loaded = memory.resident()
 
-    history, losses, step_times = _fit(spec, method, model, train, held_out.sample(PEEK), emit)
+    history, losses, step_times, paging = _fit(
+        spec, method, model, train, held_out.sample(PEEK), emit
+    )
     peak = memory.peak()
 
     emit("phase", text="saving, reloading and measuring again")
@@ -188,6 +191,7 @@ def _train(spec: Spec, emit: Emit) -> dict[str, Any]:
         "seconds": time.perf_counter() - begin,
         "losses": losses,
         "history": history,
+        "paging": paging,
         "patch_report": report,
         "threads": torch.get_num_threads(),
     }
@@ -274,7 +278,7 @@ def _fit(
     train: Tokenized,
     peek: Tokenized,
     emit: Emit,
-) -> tuple[list[list[float]], list[float], list[float]]:
+) -> tuple[list[list[float]], list[float], list[float], dict[str, Any] | None]:
     plan = [
         rows
         for epoch in range(spec.epochs)
@@ -313,10 +317,14 @@ def _fit(
             history.append([step, accuracy])
             emit("accuracy", step=step, accuracy=accuracy)
             model.train()
-    return history, losses, times
+    paging = None
+    if isinstance(optimizer, PagedAdamW8bit):
+        paging = optimizer.paging_report()
+        optimizer.close()
+    return history, losses, times, paging
 
 
-def _optimizer(method: Method, model: nn.Module) -> torch.optim.AdamW:
+def _optimizer(method: Method, model: nn.Module) -> torch.optim.Optimizer:
     import peftkern as pk
 
     head = [p for name, p in model.named_parameters() if HEAD in name.split(".")]
@@ -332,7 +340,10 @@ def _optimizer(method: Method, model: nn.Module) -> torch.optim.AdamW:
     groups.append(
         {"params": trained, "lr": max(method.lr, HEAD_LR), "weight_decay": method.weight_decay}
     )
-    return torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
+    groups = [group for group in groups if group["params"]]
+    if method.ram_budget is not None:
+        return PagedAdamW8bit(groups, ram_budget=method.ram_budget)
+    return torch.optim.AdamW(groups, fused=True)
 
 
 def _count(model: nn.Module) -> dict[str, Any]:
