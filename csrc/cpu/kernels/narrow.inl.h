@@ -21,8 +21,10 @@ struct NarrowScratch {
     alignas(64) float x[kMaxRows * kNarrowDepth];
 };
 
+// Sums that go on from `add`, as those of LoRA do, stay with the row kernel: a mixed batch has more
+// segments, and each of its rows has the bits of a batch of its own.
 bool narrow_kernel_serves(const Product& p) {
-    if (L == 1 || p.segments != 1 || !row_kernel_serves(p))
+    if (L == 1 || p.segments != 1 || p.add != nullptr || p.n < L || !row_kernel_serves(p))
         return false;
     const Segment& segment = segment_of(p, 0);
     return segment.w.kind == kDense && segment.depth <= kNarrowDepth && segment.row_begin == 0 &&
@@ -84,7 +86,7 @@ void narrow_dots_of(int64_t rows, const float* tile, const float* x, int64_t x_s
     narrow_dots<R>(tile, x, x_stride, depth, out);
 }
 
-// round(scale * (sums + add) + bias) for outputs j .. j + n of row i.
+// round(scale * sums + bias) for outputs j .. j + n of row i.
 void store_sums(const Product& p, int64_t i, int64_t j, int64_t n, float* sums) {
     int64_t at = row_of(p, i) * p.out_row_stride + j * p.out_col_stride;
     if (p.out_col_stride != 1) {
@@ -93,10 +95,6 @@ void store_sums(const Product& p, int64_t i, int64_t j, int64_t n, float* sums) 
         return;
     }
     float line[L];
-    if (p.add != nullptr) {
-        load_run((const char*)p.add + at * dtype_size(p.add_dtype), p.add_dtype, n, line);
-        add_run(sums, line, n);
-    }
     if (p.unscaled != nullptr)
         store_run(sums, n, p.out_dtype, (char*)p.unscaled + at * dtype_size(p.out_dtype));
     if (p.scale != nullptr)
