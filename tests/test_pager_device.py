@@ -225,5 +225,5 @@ def test_parameters_on_several_devices_are_refused() -> None:
 
 
 def test_bad_budget() -> None:
-    with pytest.raises(ValueError, match="device_budget: got 0, expected bytes or None"):
+    with pytest.raises(ValueError, match="device_budget: got 0, expected 1 to"):
         optim.PagedAdamW([nn.Parameter(torch.zeros(5))], device_budget=0)
