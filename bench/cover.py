@@ -10,7 +10,6 @@ machine cannot run are left out of the count and named.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -171,18 +170,8 @@ PARTS: dict[str, Callable[[], tuple[float, str]]] = {"cpp": cpp, "python": pytho
 
 def main() -> int:
     """Runs the parts that are asked for; status 1 where a percentage is below its mark."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.cover",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
-    options = parser.parse_args()
-    unknown = set(options.parts) - set(PARTS)
-    if unknown:
-        parser.error(f"unknown parts {sorted(unknown)}, expected some of {', '.join(PARTS)}")
     rows = []
-    for name in options.parts or PARTS:
+    for name in scratch.chosen_parts("bench.cover", __doc__, PARTS):
         print(f"== {name}", flush=True)
         start = time.monotonic()
         percent, text = PARTS[name]()

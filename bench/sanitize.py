@@ -14,7 +14,6 @@ where no part reports anything.
 
 from __future__ import annotations
 
-import argparse
 import re
 import shutil
 import sys
@@ -193,18 +192,8 @@ PARTS: dict[str, Callable[[], tuple[int, str]]] = {
 
 def main() -> int:
     """Builds and runs the parts that are asked for, all by default."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.sanitize",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
-    options = parser.parse_args()
-    unknown = set(options.parts) - set(PARTS)
-    if unknown:
-        parser.error(f"unknown parts {sorted(unknown)}, expected some of {', '.join(PARTS)}")
     outcomes = []
-    for name in options.parts or PARTS:
+    for name in scratch.chosen_parts("bench.sanitize", __doc__, PARTS):
         print(f"== {name}: building and running", flush=True)
         start = time.monotonic()
         try:

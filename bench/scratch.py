@@ -6,6 +6,7 @@ module stay as they are.
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -18,6 +19,21 @@ BUILD = ROOT / "build"
 _FOLDERS = ("peftkern", "bench", "tests", "tools", "csrc", "examples", "docs")
 _FILES = ("pyproject.toml", "setup.py", "CMakeLists.txt", "README.md", "CHANGELOG.md", "mkdocs.yml")
 _SKIPPED = ("__pycache__", "*.so", "*.pyc", "results", ".hypothesis")
+
+
+def chosen_parts(module: str, text: str | None, parts: Mapping[str, object]) -> list[str]:
+    """The parts that the command line of ``python -m module`` names; all of them by default."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(parts))
+    chosen: list[str] = parser.parse_args().parts
+    unknown = set(chosen) - set(parts)
+    if unknown:
+        parser.error(f"unknown parts {sorted(unknown)}, expected some of {', '.join(parts)}")
+    return chosen or list(parts)
 
 
 def copy_of(name: str) -> Path:

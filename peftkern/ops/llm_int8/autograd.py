@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkern.ops.gradients import bias_gradient, first_order_only
+from peftkern.ops.linear8.autograd import frozen_gradients
 from peftkern.ops.rows import as_rows, like_rows_of
 
 
@@ -27,13 +27,5 @@ class LLMInt8(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        codes, scb, bias = ctx.saved_tensors
-        whole = dy.contiguous()
-        rows = as_rows(whole)
-        dx = dbias = None
-        if ctx.needs_input_grad[0]:
-            dx = like_rows_of(whole, torch.ops.peftkern.linear_8bit_dx(rows, codes, scb))
-        if bias is not None and ctx.needs_input_grad[3]:
-            dbias = bias_gradient(rows, bias)
-        dx, dbias = first_order_only("llm_int8", dx, dbias)
+        dx, dbias = frozen_gradients("llm_int8", ctx, dy)
         return dx, None, None, dbias, None
